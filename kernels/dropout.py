@@ -1,0 +1,156 @@
+"""Stateless dropout: the mask is a pure function of where an element stands in the whole run.
+
+A counter-based integer hash of (seed, step, layer, site, sample, head, global row, global column)
+decides each element. So a run drops the same elements for every layout of ranks, recomputed
+activations replay their mask for free, and no generator state has to be checkpointed. The Triton
+kernel computes the same bits: all arithmetic here is 32-bit with wrap-around.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+_MASK32 = 0xFFFFFFFF
+# lowbias32, a public-domain 32-bit finaliser (Chris Wellons, "Prospecting for hash functions").
+MIX_A = 0x7FEB352D
+MIX_B = 0x846CA68B
+ROW_STEP = 0x9E3779B9  # odd, so row -> row * ROW_STEP is a bijection modulo 2**32
+COLUMN_STEP = 0x85EBCA6B
+
+
+def signed32(x: int) -> int:
+    """The int32 value with the bits of the low 32 bits of ``x``."""
+    x &= _MASK32
+    return x - (1 << 32) if x >= (1 << 31) else x
+
+
+def _mix_int(x: int) -> int:
+    x &= _MASK32
+    x = ((x ^ (x >> 16)) * MIX_A) & _MASK32
+    x = ((x ^ (x >> 15)) * MIX_B) & _MASK32
+    return x ^ (x >> 16)
+
+
+def mix32_(x: Tensor) -> Tensor:
+    """lowbias32 of every element of an int32 tensor, in place (shifts are made logical)."""
+    x ^= (x >> 16) & 0xFFFF
+    x *= signed32(MIX_A)
+    x ^= (x >> 15) & 0x1FFFF
+    x *= signed32(MIX_B)
+    x ^= (x >> 16) & 0xFFFF
+    return x
+
+
+def fold_key(seed: int, step: int, layer: int, site: int) -> int:
+    """Fold what names a dropout site in a run into one unsigned 32-bit key.
+
+    Args:
+        seed: Seed of the run, non-negative.
+        step: Optimizer step.
+        layer: Index of the layer.
+        site: Which dropout of the layer.
+
+    Raises:
+        ValueError: If a number is negative.
+    """
+    key = 0x243F6A88
+    for name, part in (("seed", seed), ("step", step), ("layer", layer), ("site", site)):
+        if part < 0:
+            raise ValueError(f"{name} is {part}; dropout keys are made of non-negative numbers")
+        key = _mix_int(key + ROW_STEP ^ (part & _MASK32))
+        key = _mix_int(key + COLUMN_STEP ^ (part >> 32))
+    return key
+
+
+def drop_threshold(rate: float) -> int:
+    """31-bit threshold: an element whose low 31 hash bits lie below it is dropped."""
+    return min(round(rate * (1 << 31)), (1 << 31) - 1)
+
+
+@dataclass(frozen=True)
+class AttentionDropout:
+    """Dropout of one softmax, as a function of position.
+
+    Attributes:
+        rate: Probability of dropping, in [0, 1).
+        key: Unsigned 32-bit key of the site, from :func:`fold_key`.
+        sample_ids: [B] int64, the place of each example in the global batch.
+        first_row: Position in the whole sequence of row 0 of the query.
+        global_columns: [B, G] int64, positions in the whole sequence of the global keys; needed
+            when there are global keys.
+
+    Raises:
+        ValueError: If the rate is outside [0, 1).
+    """
+
+    rate: float
+    key: int
+    sample_ids: Tensor
+    first_row: int = 0
+    global_columns: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.rate < 1.0:
+            raise ValueError(f"dropout rate {self.rate} is outside [0, 1)")
+
+    def bases(self, num_heads: int) -> Tensor:
+        """[B, H] int32: the hash base of every (sample, head), shared by torch and Triton."""
+        return hash_bases(self.key, self.sample_ids, num_heads)
+
+
+def hash_bases(key: int, sample_ids: Tensor, num_heads: int) -> Tensor:
+    """[B, H] int32: the hash base of every (sample, head) at a site."""
+    low = (sample_ids & 0x7FFFFFFF).to(torch.int32)
+    high = (sample_ids >> 31).to(torch.int32)
+    base = mix32_((low * signed32(ROW_STEP)) ^ signed32(key))
+    base = mix32_(base ^ (high * signed32(COLUMN_STEP)))
+    heads = torch.arange(num_heads, dtype=torch.int32, device=sample_ids.device)
+    return mix32_(base[:, None] + heads * signed32(ROW_STEP))
+
+
+def keep_mask(bases: Tensor, rows: Tensor, columns: Tensor, rate: float) -> Tensor:
+    """Which elements stay.
+
+    Row hash r = mix(base + row * ROW_STEP), element hash mix(r + column * COLUMN_STEP); an element
+    stays when the low 31 bits reach :func:`drop_threshold`.
+
+    Args:
+        bases: int32, broadcastable to the result, from :func:`hash_bases`.
+        rows: Integer positions of the rows, broadcastable to the result.
+        columns: Integer positions of the columns, broadcastable to the result.
+        rate: Probability of dropping.
+
+    Returns:
+        bool mask of the broadcast shape, True = stays.
+    """
+    row_hash = mix32_(bases + rows.to(torch.int32) * signed32(ROW_STEP))
+    bits = mix32_(row_hash + columns.to(torch.int32) * signed32(COLUMN_STEP))
+    return (bits & 0x7FFFFFFF) >= drop_threshold(rate)
+
+
+def hidden_dropout(
+    x: Tensor, rate: float, key: int, sample_ids: Tensor, first_row: int = 0
+) -> Tensor:
+    """Drop features of hidden states by (sample, token position, feature).
+
+    Args:
+        x: [B, N, E] hidden states of a shard.
+        rate: Probability of dropping; kept elements are scaled by 1 / (1 - rate).
+        key: Key of the site, from :func:`fold_key`.
+        sample_ids: [B] int64, the place of each example in the global batch.
+        first_row: Position in the whole sequence of row 0.
+
+    Returns:
+        [B, N, E] in the dtype of ``x``; ``x`` itself when the rate is 0.
+    """
+    if rate == 0.0:
+        return x
+    rows = torch.arange(first_row, first_row + x.shape[1], device=x.device)
+    columns = torch.arange(x.shape[2], device=x.device)
+    keep = keep_mask(
+        hash_bases(key, sample_ids, 1)[:, :, None], rows[None, :, None], columns[None, None, :], rate
+    )
+    return torch.where(keep, x * (1.0 / (1.0 - rate)), 0.0)
