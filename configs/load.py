@@ -1,0 +1,168 @@
+"""Recipe file + command-line overrides -> one frozen TrainConfig, or one error with every fault."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from haloformer.configs.schema import TrainConfig
+
+RECIPES = Path(__file__).parent / "recipes"
+
+
+class ConfigError(ValueError):
+    """The recipe cannot be used; the message names every fault and what to do."""
+
+
+def load_config(recipe: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
+    """Read a recipe and apply ``section.key=value`` overrides.
+
+    Args:
+        recipe: Path of a YAML file, or the bare name of a recipe that ships with haloformer.
+        overrides: Such as ``optim.learning_rate=1e-4``; values are YAML.
+
+    Raises:
+        ConfigError: Naming the file and every fault in it.
+    """
+    path = find_recipe(recipe)
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not readable as YAML: {_one_line(error)}") from error
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path}: a recipe is a mapping of sections, not {type(raw).__name__}")
+    for override in overrides:
+        _apply_override(raw, override)
+    return parse_config(raw, str(path))
+
+
+def parse_config(raw: dict[str, Any], origin: str) -> TrainConfig:
+    """Validate a mapping; every fault goes into one message.
+
+    Raises:
+        ConfigError: Naming ``origin`` and every fault.
+    """
+    try:
+        return TrainConfig.model_validate(raw)
+    except ValidationError as error:
+        faults = "; ".join(_describe(fault) for fault in error.errors())
+        raise ConfigError(f"{origin}: {faults}") from error
+
+
+def find_recipe(recipe: str | Path) -> Path:
+    """The file of a recipe given by path or by the name of one that ships with haloformer.
+
+    Raises:
+        ConfigError: If there is no such file; names the recipes that exist.
+    """
+    path = Path(recipe)
+    if path.is_file():
+        return path
+    shipped = RECIPES / f"{recipe}.yaml"
+    if path.name == str(recipe) and shipped.is_file():
+        return shipped
+    known = ", ".join(sorted(p.stem for p in RECIPES.glob("*.yaml")))
+    raise ConfigError(f"{recipe}: no such recipe file; shipped recipes are: {known}")
+
+
+def config_hash(config: TrainConfig) -> str:
+    """sha256 of the canonical JSON of a config."""
+    canonical = json.dumps(config.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def check_world(config: TrainConfig, world_size: int) -> int:
+    """Check that a number of ranks can run this recipe.
+
+    Returns:
+        The data-parallel size.
+
+    Raises:
+        ConfigError: Naming every number that does not fit and what would.
+    """
+    parallel, batch = config.parallel, config.batch
+    faults = []
+    model_ranks = parallel.context * parallel.tensor
+    if world_size < 1 or world_size % model_ranks:
+        faults.append(
+            f"--ranks {world_size} is not a multiple of parallel.context {parallel.context} x "
+            f"parallel.tensor {parallel.tensor} = {model_ranks}; use --ranks {model_ranks}"
+        )
+    if parallel.context > config.data.seq_len:
+        faults.append(
+            f"parallel.context {parallel.context} is more than data.seq_len "
+            f"{config.data.seq_len}: every rank needs at least one row; lower parallel.context"
+        )
+    data = max(world_size // model_ranks, 1)
+    if batch.global_batch % (batch.micro_batch * data):
+        faults.append(
+            f"batch.global_batch {batch.global_batch} is not a multiple of batch.micro_batch "
+            f"{batch.micro_batch} x {data} data-parallel ranks = {batch.micro_batch * data}"
+        )
+    padded = -(-config.data.seq_len // parallel.context) * parallel.context
+    if padded > config.model.max_positions:
+        faults.append(
+            f"data.seq_len {config.data.seq_len} (padded to {padded} for {parallel.context} "
+            f"context ranks) is more than model.max_positions {config.model.max_positions}"
+        )
+    if faults:
+        raise ConfigError(f"{config.name}: " + "; ".join(faults))
+    return data
+
+
+def _apply_override(raw: dict[str, Any], override: str) -> None:
+    dotted, separator, text = override.partition("=")
+    if not separator or not dotted:
+        raise ConfigError(f"{override!r} is not an override; write section.key=value")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{override!r}: the value is not YAML: {_one_line(error)}") from error
+    # YAML 1.1 reads 1e-4 (no dot) as a string; people mean the number.
+    if isinstance(value, str):
+        try:
+            value = float(value)
+        except ValueError:
+            pass
+    *sections, key = dotted.split(".")
+    target = raw
+    for section in sections:
+        target = target.setdefault(section, {})
+        if not isinstance(target, dict):
+            raise ConfigError(f"{override!r}: {section} is a value, not a section")
+    target[key] = value
+
+
+def _describe(fault: Any) -> str:
+    location = ".".join(str(part) for part in fault["loc"] if isinstance(part, str))
+    if fault["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(str(fault["loc"][-1]), _keys_at(fault["loc"][:-1]), n=1)
+        hint = f" ({near[0]}?)" if near else ""
+        return f"{location}: unknown key{hint}"
+    if fault["type"] == "missing":
+        return f"{location}: missing key; add it"
+    message = str(fault["msg"]).removeprefix("Value error, ")
+    shown = "" if fault["type"] == "value_error" else f" (got {fault['input']!r})"
+    return f"{location}: {message}{shown}" if location else f"{message}{shown}"
+
+
+def _keys_at(location: Sequence[Any]) -> list[str]:
+    model: type[BaseModel] = TrainConfig
+    for part in location:
+        field = model.model_fields.get(part)
+        annotation = field.annotation if field else None
+        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+            return []
+        model = annotation
+    return list(model.model_fields)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

@@ -1,0 +1,97 @@
+"""Longformer self-attention: local and global projections around the sharded attention op."""
+
+from __future__ import annotations
+
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+
+from haloformer.kernels.global_tokens import gather_global_rows
+from haloformer.kernels.sharded import (
+    AttentionDropoutSites,
+    DropoutSite,
+    SequenceShard,
+    sharded_attention,
+)
+from haloformer.kernels.spec import WindowSpec
+from haloformer.model.dropout_sites import DropoutStep, Site
+from haloformer.model.layers import column_linear, row_linear
+
+
+class LongformerSelfAttention(nn.Module):
+    """Sliding-window attention plus global tokens with projections of their own (section 3.1).
+
+    ::
+
+        window 2, global token 0 (g):     g 1 2 3 4 5
+                                      g   # # # # # #    row g: query_global/key_global/value_global
+                                      1   # # # . . .    rows 1-5: query/key/value, one softmax over
+                                      2   # # # # . .    the window and the global columns
+                                      3   # . # # # .
+                                      4   # . . # # #
+                                      5   # . . . # #
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        spec: WindowSpec,
+        layer: int,
+        *,
+        dropout: float,
+        std: float,
+        tensor_group: ProcessGroup | None,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        self.spec, self.layer, self.dropout, self.backend = spec, layer, dropout, backend
+        self.head_dim = hidden_size // spec.num_heads
+
+        def column() -> nn.Module:
+            return column_linear(hidden_size, hidden_size, std, tensor_group)
+
+        self.query, self.key, self.value = column(), column(), column()
+        self.query_global, self.key_global, self.value_global = column(), column(), column()
+        self.output = row_linear(hidden_size, hidden_size, std, tensor_group)
+
+    def forward(
+        self, hidden: Float[Tensor, "b n e"], shard: SequenceShard, step: DropoutStep | None
+    ) -> Float[Tensor, "b n e"]:
+        """Attend.
+
+        Args:
+            hidden: [B, n, E] this rank's rows of the sequence.
+            shard: What the sequence is and which rows are here.
+            step: Names the dropout masks; None drops nothing.
+
+        Returns:
+            [B, n, E] after the output projection; rows of padding see zeros from the attention.
+        """
+        # The same calls on every rank and in every step, whoever holds a global token: ZeRO
+        # follows the order of the graph.
+        globals_ = gather_global_rows(hidden, shard)  # [B, G, E]
+        attended = sharded_attention(
+            self._heads(self.query(hidden)),
+            self._heads(self.key(hidden)),
+            self._heads(self.value(hidden)),
+            self._heads(self.query_global(globals_)),
+            self._heads(self.key_global(hidden)),
+            self._heads(self.value_global(hidden)),
+            self.spec,
+            shard,
+            dropout=self._dropout_sites(step),
+            backend=self.backend,
+        )
+        output: Tensor = self.output(attended.flatten(2))
+        return output
+
+    def _heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (-1, self.head_dim))  # [B, N, H, D]
+
+    def _dropout_sites(self, step: DropoutStep | None) -> AttentionDropoutSites | None:
+        if step is None or self.dropout == 0.0:
+            return None
+        return AttentionDropoutSites(
+            band=DropoutSite(self.dropout, step.key(self.layer, Site.BAND_ATTENTION)),
+            global_rows=DropoutSite(self.dropout, step.key(self.layer, Site.GLOBAL_ATTENTION)),
+        )

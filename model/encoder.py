@@ -1,0 +1,116 @@
+"""The post-LN Longformer encoder, sharded over the sequence."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+from torch.nn import functional
+
+from haloformer.configs.schema import ModelConfig
+from haloformer.kernels.dropout import hidden_dropout
+from haloformer.kernels.sharded import SequenceShard
+from haloformer.kernels.spec import WindowSpec
+from haloformer.model.attention import LongformerSelfAttention
+from haloformer.model.dropout_sites import DropoutStep, Site
+from haloformer.model.layers import column_linear, normal_initializer, row_linear, vocab_embedding
+from haloformer.model.positions import POSITION_OFFSET, roberta_positions
+
+
+class Embeddings(nn.Module):
+    """Token + position + token-type embeddings, LayerNorm, dropout (RoBERTa layout)."""
+
+    def __init__(
+        self, config: ModelConfig, vocab_size: int, tensor_group: ProcessGroup | None
+    ) -> None:
+        super().__init__()
+        std, size = config.initializer_range, config.hidden_size
+        self.dropout = config.hidden_dropout
+        self.word_embeddings = vocab_embedding(vocab_size, size, std, tensor_group)
+        self.position_embeddings = nn.Embedding(config.max_positions + POSITION_OFFSET, size)
+        self.token_type_embeddings = nn.Embedding(1, size)
+        for embedding in (self.position_embeddings, self.token_type_embeddings):
+            normal_initializer(std)(embedding.weight.data)
+        self.norm = nn.LayerNorm(size, eps=config.layer_norm_eps)
+
+    def forward(
+        self, input_ids: Int[Tensor, "b n"], shard: SequenceShard, step: DropoutStep | None
+    ) -> Float[Tensor, "b n e"]:
+        """[B, n] int64 token ids of this rank's rows -> [B, n, E]."""
+        first, rows = shard.first_row, shard.num_rows
+        positions = roberta_positions(shard.attention_mask)[:, first : first + rows]
+        hidden = self.word_embeddings(input_ids) + self.position_embeddings(positions)
+        hidden = self.norm(hidden + self.token_type_embeddings(torch.zeros_like(input_ids)))
+        return drop(hidden, self.dropout, step, 0, Site.EMBEDDINGS, shard)
+
+
+class EncoderLayer(nn.Module):
+    """Attention and feed-forward, each followed by dropout, residual and LayerNorm."""
+
+    def __init__(self, config: ModelConfig, index: int, tensor_group: ProcessGroup | None) -> None:
+        super().__init__()
+        std, size = config.initializer_range, config.hidden_size
+        self.layer = index + 1  # layer 0 of the dropout keys is the embeddings
+        self.dropout = config.hidden_dropout
+        spec = WindowSpec.from_two_sided(
+            config.window_of_layer(index),
+            config.num_heads,
+            dilation=config.dilation,
+            causal=config.causal,
+        )
+        self.attention = LongformerSelfAttention(
+            size,
+            spec,
+            self.layer,
+            dropout=config.attention_dropout,
+            std=std,
+            tensor_group=tensor_group,
+        )
+        self.attention_norm = nn.LayerNorm(size, eps=config.layer_norm_eps)
+        self.ffn_in = column_linear(size, config.ffn_size, std, tensor_group)
+        self.ffn_out = row_linear(config.ffn_size, size, std, tensor_group)
+        self.ffn_norm = nn.LayerNorm(size, eps=config.layer_norm_eps)
+
+    def forward(
+        self, hidden: Float[Tensor, "b n e"], shard: SequenceShard, step: DropoutStep | None
+    ) -> Float[Tensor, "b n e"]:
+        """[B, n, E] -> [B, n, E], this rank's rows."""
+        attended = self.attention(hidden, shard, step)
+        attended = drop(attended, self.dropout, step, self.layer, Site.ATTENTION_OUTPUT, shard)
+        hidden = self.attention_norm(hidden + attended)
+        output = self.ffn_out(functional.gelu(self.ffn_in(hidden)))
+        output = drop(output, self.dropout, step, self.layer, Site.FFN_OUTPUT, shard)
+        normed: Tensor = self.ffn_norm(hidden + output)
+        return normed
+
+
+class LongformerEncoder(nn.Module):
+    """Embeddings and layers."""
+
+    def __init__(
+        self, config: ModelConfig, vocab_size: int, tensor_group: ProcessGroup | None = None
+    ) -> None:
+        super().__init__()
+        self.embeddings = Embeddings(config, vocab_size, tensor_group)
+        self.layers = nn.ModuleList(
+            EncoderLayer(config, index, tensor_group) for index in range(config.num_layers)
+        )
+
+    def forward(
+        self, input_ids: Int[Tensor, "b n"], shard: SequenceShard, step: DropoutStep | None
+    ) -> Float[Tensor, "b n e"]:
+        """[B, n] int64 token ids of this rank's rows -> [B, n, E] hidden states."""
+        hidden: Tensor = self.embeddings(input_ids, shard, step)
+        for layer in self.layers:
+            hidden = layer(hidden, shard, step)
+        return hidden
+
+
+def drop(
+    x: Tensor, rate: float, step: DropoutStep | None, layer: int, site: Site, shard: SequenceShard
+) -> Tensor:
+    """Stateless dropout of hidden states [B, n, E] at a site; none without a step."""
+    if step is None:
+        return x
+    return hidden_dropout(x, rate, step.key(layer, site), shard.sample_ids, shard.first_row)

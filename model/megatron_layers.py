@@ -1,0 +1,84 @@
+"""megatron-core's tensor-parallel linears, called like torch's: a tensor in, a tensor out."""
+
+from __future__ import annotations
+
+from megatron.core.model_parallel_config import ModelParallelConfig
+from megatron.core.tensor_parallel import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+)
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from haloformer.model.layers import Initializer
+
+
+def _config(tensor_group: ProcessGroup) -> ModelParallelConfig:
+    # use_cpu_initialization draws the whole weight from the same seed on every rank and slices
+    # it, so the model is the same on every layout. Fused accumulation needs Apex and CUDA.
+    return ModelParallelConfig(
+        tensor_model_parallel_size=tensor_group.size(),
+        use_cpu_initialization=True,
+        gradient_accumulation_fusion=False,
+    )
+
+
+class ColumnLinear(ColumnParallelLinear):  # type: ignore[misc]
+    """``[..., in] -> [..., out / ranks]`` with bias."""
+
+    def __init__(
+        self, in_features: int, out_features: int, initializer: Initializer, group: ProcessGroup
+    ) -> None:
+        super().__init__(
+            in_features,
+            out_features,
+            config=_config(group),
+            init_method=initializer,
+            bias=True,
+            gather_output=False,
+            tp_group=group,
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the linear; the bias is added here, so only the output is returned."""
+        output: Tensor = super().forward(x)[0]
+        return output
+
+
+class RowLinear(RowParallelLinear):  # type: ignore[misc]
+    """``[..., in / ranks] -> [..., out]`` with bias, summed over the ranks."""
+
+    def __init__(
+        self, in_features: int, out_features: int, initializer: Initializer, group: ProcessGroup
+    ) -> None:
+        super().__init__(
+            in_features,
+            out_features,
+            config=_config(group),
+            init_method=initializer,
+            bias=True,
+            input_is_parallel=True,
+            skip_bias_add=False,
+            tp_group=group,
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the linear; the bias is added here, so only the output is returned."""
+        output: Tensor = super().forward(x)[0]
+        return output
+
+
+class VocabEmbedding(VocabParallelEmbedding):  # type: ignore[misc]
+    """``int64 [...] -> [..., dim]``; every rank holds a slice of the vocabulary."""
+
+    def __init__(
+        self, num_embeddings: int, embedding_dim: int, initializer: Initializer, group: ProcessGroup
+    ) -> None:
+        super().__init__(
+            num_embeddings,
+            embedding_dim,
+            init_method=initializer,
+            config=_config(group),
+            tp_group=group,
+        )
