@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import hashlib
 import json
@@ -127,10 +128,8 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
         raise ConfigError(f"{override!r}: the value is not YAML: {_one_line(error)}") from error
     # YAML 1.1 reads 1e-4 (no dot) as a string; people mean the number.
     if isinstance(value, str):
-        try:
+        with contextlib.suppress(ValueError):
             value = float(value)
-        except ValueError:
-            pass
     *sections, key = dotted.split(".")
     target = raw
     for section in sections:

@@ -24,4 +24,4 @@ def roberta_positions(attention_mask: Bool[Tensor, "b n"]) -> Int[Tensor, "b n"]
         [B, N] int64.
     """
     mask = attention_mask.long()
-    return (mask.cumsum(dim=1) + (POSITION_OFFSET - 1 - PADDING_POSITION)) * mask + PADDING_POSITION
+    return mask.cumsum(dim=1) * mask + PADDING_POSITION
