@@ -8,6 +8,7 @@ kernel computes the same bits: all arithmetic here is 32-bit with wrap-around.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -81,6 +82,8 @@ class AttentionDropout:
         first_row: Position in the whole sequence of row 0 of the query.
         global_columns: [B, G] int64, positions in the whole sequence of the global keys; needed
             when there are global keys.
+        heads: Numbers, in the whole layer, of the heads at hand; None = 0, 1, 2, ... Needed where
+            only some heads are computed at once (a halo exchange per reach, tensor parallelism).
 
     Raises:
         ValueError: If the rate is outside [0, 1).
@@ -91,6 +94,7 @@ class AttentionDropout:
     sample_ids: Tensor
     first_row: int = 0
     global_columns: Tensor | None = None
+    heads: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.rate < 1.0:
@@ -98,17 +102,19 @@ class AttentionDropout:
 
     def bases(self, num_heads: int) -> Tensor:
         """[B, H] int32: the hash base of every (sample, head), shared by torch and Triton."""
-        return hash_bases(self.key, self.sample_ids, num_heads)
+        heads = range(num_heads) if self.heads is None else self.heads
+        assert len(heads) == num_heads, (heads, num_heads)
+        return hash_bases(self.key, self.sample_ids, heads)
 
 
-def hash_bases(key: int, sample_ids: Tensor, num_heads: int) -> Tensor:
+def hash_bases(key: int, sample_ids: Tensor, heads: Sequence[int]) -> Tensor:
     """[B, H] int32: the hash base of every (sample, head) at a site."""
     low = (sample_ids & 0x7FFFFFFF).to(torch.int32)
     high = (sample_ids >> 31).to(torch.int32)
     base = mix32_((low * signed32(ROW_STEP)) ^ signed32(key))
     base = mix32_(base ^ (high * signed32(COLUMN_STEP)))
-    heads = torch.arange(num_heads, dtype=torch.int32, device=sample_ids.device)
-    return mix32_(base[:, None] + heads * signed32(ROW_STEP))
+    numbers = torch.tensor(heads, dtype=torch.int32, device=sample_ids.device)
+    return mix32_(base[:, None] + numbers * signed32(ROW_STEP))
 
 
 def keep_mask(bases: Tensor, rows: Tensor, columns: Tensor, rate: float) -> Tensor:
@@ -151,6 +157,6 @@ def hidden_dropout(
     rows = torch.arange(first_row, first_row + x.shape[1], device=x.device)
     columns = torch.arange(x.shape[2], device=x.device)
     keep = keep_mask(
-        hash_bases(key, sample_ids, 1)[:, :, None], rows[None, :, None], columns[None, None, :], rate
+        hash_bases(key, sample_ids, (0,))[:, :, None], rows[None, :, None], columns[None, None, :], rate
     )
     return torch.where(keep, x * (1.0 / (1.0 - rate)), 0.0)
