@@ -9,13 +9,14 @@ from torch.distributed import ProcessGroup
 from torch.nn import functional
 
 from haloformer.configs.schema import ModelConfig
+from haloformer.configs.sizes import POSITION_OFFSET
 from haloformer.kernels.dropout import hidden_dropout
 from haloformer.kernels.sharded import SequenceShard
 from haloformer.kernels.spec import WindowSpec
 from haloformer.model.attention import LongformerSelfAttention
 from haloformer.model.dropout_sites import DropoutStep, Site
 from haloformer.model.layers import column_linear, normal_initializer, row_linear, vocab_embedding
-from haloformer.model.positions import POSITION_OFFSET, roberta_positions
+from haloformer.model.positions import roberta_positions
 
 
 class Embeddings(nn.Module):

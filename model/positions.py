@@ -6,7 +6,6 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 PADDING_POSITION = 1  # RoBERTa: the row of the position table that padding uses
-POSITION_OFFSET = 2  # RoBERTa: the first token stands at row padding + 1
 
 
 def roberta_positions(attention_mask: Bool[Tensor, "b n"]) -> Int[Tensor, "b n"]:

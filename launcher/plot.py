@@ -1,0 +1,45 @@
+"""The loss curve of a run as a PNG."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+
+def write_curve(records: list[dict[str, Any]], title: str, path: Path) -> str | None:
+    """Draw bits per character over steps, in training and held out.
+
+    Args:
+        records: Of ``RunDir.read_metrics``.
+        title: Name of the recipe.
+        path: The PNG to write.
+
+    Returns:
+        None when the file was written, else why not, in a sentence.
+    """
+    train = [(r["step"], r["bits_per_char"]) for r in records if "bits_per_char" in r]
+    held_out = [(r["step"], r["eval_bits_per_char"]) for r in records if "eval_bits_per_char" in r]
+    if not train:
+        return "no step was finished"
+    try:
+        # An extra: training does not need it.
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        return "not drawn: matplotlib is missing; pip install 'haloformer[demo]'"
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    axes.plot(*zip(*train, strict=True), label="training batch", color="tab:blue", linewidth=1.2)
+    if held_out:
+        steps, bits = zip(*held_out, strict=True)
+        axes.plot(steps, bits, "o--", label="held out", color="tab:orange")
+        for step, value in held_out:
+            axes.annotate(f"{value:.2f}", (step, value), xytext=(4, 6), textcoords="offset points")
+    axes.set_xlabel("optimizer step")
+    axes.set_ylabel("bits per character of the masked tokens")
+    axes.set_title(title)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=120)
+    return None

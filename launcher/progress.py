@@ -1,0 +1,66 @@
+"""What a person sees of a run: a bar on a terminal, plain lines in a pipe."""
+
+from __future__ import annotations
+
+import sys
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+
+class StepProgress:
+    """Shows the steps of a run; use as a context manager on one rank only.
+
+    Args:
+        total: Steps of the whole run.
+        done: Steps behind us when this start began.
+        every: Print every so many steps when there is no terminal.
+    """
+
+    def __init__(self, total: int, done: int, every: int) -> None:
+        self._total, self._every = total, every
+        self._bar: Progress | None = None
+        if sys.stdout.isatty():
+            self._bar = Progress(
+                TextColumn("step"),
+                MofNCompleteColumn(),
+                BarColumn(),
+                TextColumn("{task.fields[status]}"),
+                TimeRemainingColumn(),
+                console=Console(),
+            )
+            self._task = self._bar.add_task("step", total=total, completed=done, status="starting")
+
+    def __enter__(self) -> StepProgress:
+        if self._bar is not None:
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def step(self, done: int, values: dict[str, float]) -> None:
+        """Show a finished step."""
+        status = (
+            f"loss {values['loss']:.4f}  bits/char {values['bits_per_char']:.3f}  "
+            f"grad {values['grad_norm']:.2f}  lr {values['learning_rate']:.2e}  "
+            f"{values['tokens_per_second']:,.0f} tok/s"
+        )
+        if self._bar is not None:
+            self._bar.update(self._task, completed=done, status=status)
+        elif done % self._every == 0 or done == self._total:
+            print(f"step {done}/{self._total}  {status}", flush=True)
+
+    def say(self, line: str) -> None:
+        """Print a line above the bar."""
+        if self._bar is not None:
+            self._bar.console.print(line, highlight=False)
+        else:
+            print(line, flush=True)

@@ -1,0 +1,139 @@
+"""The local folder of a run: its plan, its step records, the pids of its ranks, how it ended."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from haloformer.configs.load import parse_config
+from haloformer.configs.schema import TrainConfig
+
+State = Literal["running", "finished", "stopped"]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the launcher tells every rank; written before any rank starts.
+
+    Attributes:
+        run_id: MLflow run.
+        tracking_uri: MLflow tracking server or database.
+        config: The recipe, as JSON.
+        world_size: Ranks in all.
+        resume_step: Step of the committed checkpoint to continue from, None for a fresh start.
+    """
+
+    run_id: str
+    tracking_uri: str
+    config: dict[str, Any]
+    world_size: int
+    resume_step: int | None
+
+    def train_config(self) -> TrainConfig:
+        """The recipe, validated."""
+        return parse_config(self.config, "plan")
+
+
+class RunDir:
+    """Paths and small files of ``runs/<run id>``."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def create(self) -> None:
+        """Make the folder, and forget the ranks of an earlier start."""
+        (self.path / "ranks").mkdir(parents=True, exist_ok=True)
+        for pid_file in (self.path / "ranks").iterdir():
+            pid_file.unlink()
+
+    @property
+    def plan_file(self) -> Path:
+        """JSON of the plan."""
+        return self.path / "plan.json"
+
+    @property
+    def metrics_file(self) -> Path:
+        """One JSON object per step."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def curve_file(self) -> Path:
+        """The loss curve."""
+        return self.path / "loss.png"
+
+    @property
+    def staging(self) -> Path:
+        """Where checkpoints are written before they are uploaded."""
+        return self.path / "staging"
+
+    def write_plan(self, plan: Plan) -> None:
+        """Store the plan."""
+        write_json_atomically(self.plan_file, asdict(plan))
+
+    def read_plan(self) -> Plan:
+        """The stored plan."""
+        return Plan(**json.loads(self.plan_file.read_text(encoding="utf-8")))
+
+    def announce_rank(self, rank: int) -> None:
+        """Leave this process's id where the launcher looks for ranks to stop."""
+        (self.path / "ranks" / f"{rank}.pid").write_text(str(os.getpid()), encoding="ascii")
+
+    def rank_pids(self) -> dict[int, int]:
+        """Rank -> process id, of the ranks that have announced themselves."""
+        pids = {}
+        for file in sorted((self.path / "ranks").glob("*.pid")):
+            text = file.read_text(encoding="ascii")
+            if text:  # a rank may be writing it just now
+                pids[int(file.stem)] = int(text)
+        return pids
+
+    def write_state(self, state: State, step: int) -> None:
+        """Say how far the run came and whether it goes on."""
+        write_json_atomically(self.path / "state.json", {"state": state, "step": step})
+
+    def read_state(self) -> tuple[State, int] | None:
+        """The last state written, None before the first."""
+        file = self.path / "state.json"
+        if not file.exists():
+            return None
+        record = json.loads(file.read_text(encoding="utf-8"))
+        return record["state"], record["step"]
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """All step records, oldest first; a line cut short by a crash is left out."""
+        if not self.metrics_file.exists():
+            return []
+        records = []
+        for line in self.metrics_file.read_text(encoding="utf-8").splitlines(keepends=True):
+            if line.endswith("\n"):
+                records.append(json.loads(line))
+        return records
+
+    def cut_metrics(self, step: int) -> None:
+        """Drop the records after a step: what follows is about to be trained again."""
+        kept = [record for record in self.read_metrics() if record["step"] <= step]
+        text = "".join(json.dumps(record) + "\n" for record in kept)
+        write_atomically(self.metrics_file, text)
+
+    def append_metrics(self, record: dict[str, Any]) -> None:
+        """Add the record of one step."""
+        with self.metrics_file.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+
+
+def write_json_atomically(path: Path, value: Any) -> None:
+    """Replace a file by the JSON of a value; a reader sees the old one or the new one."""
+    write_atomically(path, json.dumps(value, indent=1))
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replace a file by a text; a reader sees the old one or the new one."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)

@@ -1,0 +1,220 @@
+"""The training loop of one rank."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from haloformer.configs.schema import TrainConfig
+from haloformer.data_pipeline.batch import Batch
+from haloformer.data_pipeline.stream import EvalStream, TrainStream
+from haloformer.launcher.checkpoint import CheckpointStore
+from haloformer.launcher.engine import (
+    Engine,
+    backward,
+    grad_norm,
+    rank_loss,
+    set_learning_rate,
+)
+from haloformer.launcher.exchange import gather_json
+from haloformer.launcher.feeding import micro_batches
+from haloformer.launcher.progress import StepProgress
+from haloformer.launcher.run_dir import RunDir
+from haloformer.launcher.schedule import learning_rate
+from haloformer.launcher.throughput import peak_memory_bytes
+from haloformer.launcher.topology import Topology
+from haloformer.launcher.tracking import Tracker
+from haloformer.model.dropout_sites import DropoutStep
+from haloformer.model.longformer import IGNORED_LABEL
+
+
+@dataclass
+class StopRequest:
+    """Set by the SIGTERM handler; the ranks agree on it at the next step."""
+
+    asked: bool = False
+
+
+@dataclass(frozen=True)
+class Speed:
+    """What turns seconds into rates.
+
+    Attributes:
+        tokens_per_step: Tokens of the global batch.
+        flops_per_token: Forward and backward.
+        peak: FLOP/s of all ranks together, 0.0 when unknown.
+    """
+
+    tokens_per_step: int
+    flops_per_token: float
+    peak: float
+
+    def rates(self, seconds: float) -> dict[str, float]:
+        """Tokens per second, and the share of the peak (MFU) where the peak is known."""
+        tokens = self.tokens_per_step / seconds
+        rates = {"tokens_per_second": tokens, "step_seconds": seconds}
+        if self.peak > 0.0:
+            rates["mfu_estimate"] = tokens * self.flops_per_token / self.peak
+        return rates
+
+
+@dataclass
+class Trainer:
+    """One rank of a run.
+
+    Rank 0 also keeps the records: ``tracker`` and ``progress`` are None elsewhere.
+    """
+
+    config: TrainConfig
+    topology: Topology
+    engine: Engine
+    train: TrainStream
+    held_out: EvalStream
+    store: CheckpointStore
+    run_dir: RunDir
+    tracker: Tracker | None
+    progress: StepProgress | None
+    stop: StopRequest
+    speed: Speed
+
+    def run(self, first_step: int) -> str:
+        """Train from ``first_step`` to the end, or until asked to stop.
+
+        Returns:
+            "finished", or "stopped" after a SIGTERM, with a checkpoint written either way.
+        """
+        config, saved = self.config, first_step
+        if first_step == 0:
+            self._evaluate(0)
+        for step in range(first_step, config.steps):
+            stopping = self._train_step(step)
+            done = step + 1
+            last = done == config.steps
+            if last or (config.eval.every is not None and done % config.eval.every == 0):
+                self._evaluate(done)
+            if last or stopping or done % config.checkpoint.every == 0:
+                self._save(done)
+                saved = done
+            if stopping and not last:
+                return self._end("stopped", saved)
+        return self._end("finished", config.steps)
+
+    def _train_step(self, step: int) -> bool:
+        """One optimizer step on one global batch; True when some rank was asked to stop."""
+        start = time.perf_counter()
+        config, engine = self.config, self.engine
+        batch = self.train.next_batch()
+        # Every context rank sees the same batch, so only the first one counts its targets.
+        num_targets, stop_asked = self._agree_before(batch)
+        rate = learning_rate(step, config.steps, config.optim)
+        set_learning_rate(engine, rate)
+        engine.train()
+        dropout = DropoutStep(config.seed, step)
+        loss_sum = torch.zeros((), dtype=torch.float64, device=self.topology.device)
+        for ids, labels, shard in micro_batches(batch, config.batch.micro_batch, self.topology):
+            output = engine(ids, labels, shard, dropout)
+            backward(engine, rank_loss(output.loss_sum, num_targets, self.topology))
+            engine.step()
+            loss_sum += output.loss_sum.detach()
+        dist.all_reduce(loss_sum, group=self.topology.data_context_group)
+        loss = loss_sum.item() / max(num_targets, 1)
+        values = {
+            "loss": loss,
+            "bits_per_char": self._bits_per_char(loss),
+            "grad_norm": grad_norm(engine),
+            "learning_rate": rate,
+            **self.speed.rates(time.perf_counter() - start),
+        }
+        self._record(step + 1, values)
+        if not math.isfinite(loss):
+            raise ValueError(
+                f"step {step + 1}: the loss is {loss}; the newest checkpoint is from before it. "
+                "Resume with a lower optim.learning_rate or a smaller optim.clip_norm"
+            )
+        return stop_asked
+
+    def _agree_before(self, batch: Batch) -> tuple[int, bool]:
+        """Targets in the global batch, and whether any rank was asked to stop: one small sum."""
+        counted = int((batch.labels != IGNORED_LABEL).sum()) if self._counts else 0
+        agreed = torch.tensor(
+            [counted, int(self.stop.asked)], dtype=torch.int64, device=self.topology.device
+        )
+        dist.all_reduce(agreed, group=self.topology.data_context_group)
+        num_targets, stop_asked = agreed.tolist()
+        return num_targets, stop_asked > 0
+
+    @property
+    def _counts(self) -> bool:
+        return self.topology.context_rank == 0
+
+    def _evaluate(self, step: int) -> None:
+        """Held-out loss over the first ``eval.batches`` global batches, without dropout."""
+        loss, _ = evaluate(self.engine, self.held_out, self.config, self.topology)
+        bits = self._bits_per_char(loss)
+        if self.tracker is not None and self.progress is not None:
+            self.tracker.log(step, {"eval_loss": loss, "eval_bits_per_char": bits})
+            self.progress.say(f"step {step}: held-out loss {loss:.4f}, {bits:.4f} bits/char")
+            self.run_dir.append_metrics(
+                {"step": step, "eval_loss": loss, "eval_bits_per_char": bits}
+            )
+
+    def _bits_per_char(self, loss: float) -> float:
+        """Nats per token -> bits per byte of source text."""
+        return loss / math.log(2.0) / self.train.bytes_per_token
+
+    def _record(self, step: int, values: dict[str, float]) -> None:
+        if self.tracker is None or self.progress is None:
+            return
+        self.run_dir.append_metrics({"step": step, **values})
+        self.progress.step(step, values)
+        if step % self.config.tracking.log_every == 0:
+            peak = peak_memory_bytes(self.topology.device)
+            self.tracker.log(step, {**values, "peak_memory_mib": peak / 2**20})
+
+    def _save(self, step: int) -> None:
+        start = time.perf_counter()
+        self.store.save(self.engine, self.topology, step, self._state())
+        if self.progress is not None:
+            seconds = time.perf_counter() - start
+            self.progress.say(f"step {step}: checkpoint committed ({seconds:.1f} s)")
+
+    def _state(self) -> dict[str, Any]:
+        """All that a run needs to go on besides weights and moments: seed and data cursors."""
+        mine = self.train.state_dict() if self._counts else {}
+        cursors: dict[str, Any] = {}
+        for part in gather_json(mine, self.topology.data_context_group, self.topology.device):
+            cursors.update(part)
+        return {"seed": self.config.seed, "data": cursors}
+
+    def _end(self, state: str, step: int) -> str:
+        if self.tracker is not None:
+            assert state in ("finished", "stopped")
+            self.run_dir.write_state("finished" if state == "finished" else "stopped", step)
+            self.tracker.close("FINISHED" if state == "finished" else "KILLED")
+        return state
+
+
+def evaluate(
+    engine: Engine, stream: EvalStream, config: TrainConfig, topology: Topology
+) -> tuple[float, int]:
+    """Mean held-out loss in nats per masked token, the same on every rank.
+
+    Returns:
+        Loss, and the number of targets it is a mean of.
+    """
+    totals = torch.zeros(2, dtype=torch.float64, device=topology.device)
+    engine.eval()
+    with torch.no_grad():
+        for batch in stream:
+            for ids, labels, shard in micro_batches(batch, config.batch.micro_batch, topology):
+                output = engine(ids, labels, shard, None)
+                totals[0] += output.loss_sum
+                totals[1] += (labels != IGNORED_LABEL).sum()
+    dist.all_reduce(totals, group=topology.data_context_group)
+    loss_sum, num_targets = totals.tolist()
+    return loss_sum / max(num_targets, 1.0), int(num_targets)

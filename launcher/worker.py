@@ -1,0 +1,151 @@
+"""One rank of a training run; started by the DeepSpeed runner, never by hand."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import logging
+import os
+import signal
+import sys
+import traceback
+from pathlib import Path
+from types import FrameType
+
+import torch
+import torch.distributed as dist
+
+from haloformer.configs.load import check_world
+from haloformer.configs.schema import TrainConfig
+from haloformer.data_pipeline.stream import EvalStream, TrainStream
+from haloformer.launcher import throughput
+from haloformer.launcher.checkpoint import CheckpointStore
+from haloformer.launcher.engine import build_engine
+from haloformer.launcher.progress import StepProgress
+from haloformer.launcher.run_dir import RunDir
+from haloformer.launcher.runtime import init_distributed
+from haloformer.launcher.topology import Layout, Topology, build_topology
+from haloformer.launcher.tracking import Tracker, connect
+from haloformer.launcher.trainer import Speed, StopRequest, Trainer
+from haloformer.model.longformer import LongformerForMaskedLM
+
+
+def main() -> int:
+    """Train; returns the exit code: 0 done or stopped as asked, 2 the user's input, 1 our fault."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--run-dir", type=Path, required=True)
+    parser.add_argument("--local_rank", type=int, required=True, help="set by the runner")
+    arguments = parser.parse_args()
+    rank = int(os.environ["RANK"])
+    run_dir = RunDir(arguments.run_dir)
+    logging.basicConfig(level=logging.WARNING, format=f"rank {rank}: %(message)s")
+    stop = StopRequest()
+    _stop_on_signals(stop)
+    run_dir.announce_rank(rank)
+    try:
+        run(run_dir, stop)
+    except ValueError as error:
+        print(f"rank {rank}: error: {error}", file=sys.stderr, flush=True)
+        return 2
+    except Exception:
+        print(f"rank {rank}:\n{traceback.format_exc()}", file=sys.stderr, flush=True)
+        return 1
+    return 0
+
+
+def run(run_dir: RunDir, stop: StopRequest) -> None:
+    """Build everything that the plan asks for, and train."""
+    plan = run_dir.read_plan()
+    config = plan.train_config()
+    init_distributed()
+    data_size = check_world(config, dist.get_world_size())
+    topology = build_topology(
+        Layout(data=data_size, context=config.parallel.context, tensor=config.parallel.tensor)
+    )
+    first = topology.rank == 0
+    train, held_out = open_streams(config, topology)
+    torch.manual_seed(config.seed)  # the same weights on every rank and every layout
+    model = LongformerForMaskedLM(config.model, train.vocab_size, topology.tensor_group)
+    engine = build_engine(model, config, topology)
+    client = connect(plan.tracking_uri)
+    store = CheckpointStore(client, plan.run_id, config, run_dir.staging)
+    step = 0
+    if plan.resume_step is not None:
+        state = store.load(engine, topology, plan.resume_step)
+        train.load_state(state["data"])
+        step = plan.resume_step
+        if first:
+            run_dir.cut_metrics(step)
+    trainer = Trainer(
+        config=config,
+        topology=topology,
+        engine=engine,
+        train=train,
+        held_out=held_out,
+        store=store,
+        run_dir=run_dir,
+        tracker=Tracker(client, plan.run_id) if first else None,
+        progress=StepProgress(config.steps, step, every=10) if first else None,
+        stop=stop,
+        speed=_speed(config, train.vocab_size, topology),
+    )
+    with trainer.progress or contextlib.nullcontext():
+        trainer.run(step)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def open_streams(config: TrainConfig, topology: Topology) -> tuple[TrainStream, EvalStream]:
+    """The training and held-out streams of this rank's data-parallel share."""
+    layout = topology.layout
+    train = TrainStream(
+        config.data.train,
+        config.data,
+        seed=config.seed,
+        global_batch=config.batch.global_batch,
+        data_rank=topology.data_rank,
+        data_world=layout.data,
+        pad_multiple=layout.context,
+    )
+    held_out = EvalStream(
+        config.data.eval,
+        config.data,
+        seed=config.seed,
+        global_batch=config.batch.global_batch,
+        data_rank=topology.data_rank,
+        data_world=layout.data,
+        pad_multiple=layout.context,
+        batches=config.eval.batches,
+    )
+    return train, held_out
+
+
+def _speed(config: TrainConfig, vocab_size: int, topology: Topology) -> Speed:
+    forward = throughput.forward_flops_per_token(
+        config.model,
+        vocab_size,
+        num_globals=1.0 if config.data.global_tokens == "first" else 0.0,
+        target_fraction=config.data.mask_probability,
+    )
+    # All ranks measure at once, so that ranks that share cores see the share they will have.
+    peak = torch.tensor([throughput.peak_flops(topology.device)], dtype=torch.float64)
+    peak = peak.to(topology.device)
+    dist.all_reduce(peak)
+    return Speed(
+        tokens_per_step=config.batch.global_batch * config.data.seq_len,
+        flops_per_token=throughput.training_flops_per_token(forward),
+        peak=peak.item(),
+    )
+
+
+def _stop_on_signals(stop: StopRequest) -> None:
+    def ask(signum: int, frame: FrameType | None) -> None:
+        stop.asked = True
+
+    signal.signal(signal.SIGTERM, ask)
+    # A terminal sends Ctrl-C to the launcher as well; the launcher turns it into SIGTERM.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,118 @@
+"""Recipes: all faults at once, by name, with the remedy."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from haloformer.configs.load import RECIPES, ConfigError, check_world, config_hash, load_config
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    path = tmp_path / "recipe.yaml"
+    path.write_text((RECIPES / "enwiki_mlm.yaml").read_text())
+    return path
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_shipped_recipes_are_valid_and_fit_the_ranks_they_need(path: Path) -> None:
+    config = load_config(path.stem)
+    assert check_world(config, config.parallel.context) == 1
+
+
+def test_overrides_replace_values_and_read_numbers_as_people_write_them(recipe: Path) -> None:
+    config = load_config(
+        recipe,
+        ["optim.learning_rate=1e-4", "model.attention_window=[8, 16, 32, 64]", "name=other"],
+    )
+    assert config.optim.learning_rate == 1e-4
+    assert config.model.window_of_layer(3) == 64
+    assert config.name == "other"
+
+
+def test_all_faults_are_reported_at_once(recipe: Path) -> None:
+    raw = yaml.safe_load(recipe.read_text())
+    del raw["data"]["train"]
+    raw["setps"] = 3
+    raw["model"]["hidden_sizes"] = 3
+    raw["batch"]["global_batch"] = 0
+    recipe.write_text(yaml.safe_dump(raw))
+    with pytest.raises(ConfigError) as caught:
+        load_config(recipe)
+    message = str(caught.value)
+    for part in (
+        str(recipe),
+        "data.train: missing key",
+        "setps: unknown key (steps?)",
+        "model.hidden_sizes: unknown key (hidden_size?)",
+        "batch.global_batch: Input should be greater than or equal to 1 (got 0)",
+    ):
+        assert part in message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("override", "named"),
+    [
+        ("model.attention_window=255", "attention_window 255 is odd"),
+        ("model.attention_window=[64, 64]", "attention_window has 2 entries for 4 layers"),
+        ("model.num_heads=3", "num_heads 3 does not divide hidden_size 256"),
+        ("model.dilation=[1, 2]", "dilation has 2 entries for 4 heads"),
+        ("parallel.zero_stage=4", "parallel.zero_stage"),
+        ("parallel.tensor=2", "tensor parallelism is not there yet"),
+        ("seed=-1", "seed"),
+        ("name=../x", "name"),
+    ],
+)
+def test_a_bad_value_is_named(recipe: Path, override: str, named: str) -> None:
+    with pytest.raises(ConfigError, match=named.replace("[", r"\[")):
+        load_config(recipe, [override])
+
+
+def test_bf16_without_master_weights_is_refused(recipe: Path) -> None:
+    with pytest.raises(ConfigError, match="set zero_stage 1"):
+        load_config(recipe, ["parallel.precision=bf16", "parallel.zero_stage=0"])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "world", "named"),
+    [
+        ([], 3, r"--ranks 3 is not a multiple .* use --ranks 2"),
+        (["batch.global_batch=3"], 4, r"global_batch 3 is not a multiple of .* = 2"),
+        (["data.seq_len=16", "parallel.context=17"], 17, r"context 17 is more than data.seq_len"),
+        (["data.seq_len=4098"], 2, r"more than model.max_positions 4096"),
+    ],
+)
+def test_a_layout_that_does_not_fit_is_refused_with_what_would(
+    recipe: Path, overrides: list[str], world: int, named: str
+) -> None:
+    with pytest.raises(ConfigError, match=named):
+        check_world(load_config(recipe, overrides), world)
+
+
+@pytest.mark.parametrize("text", ["", "- 1", "a: [", "\x00"])
+def test_a_file_that_is_no_recipe_is_refused_in_one_line(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "broken.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        load_config(path)
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_recipe_lists_the_shipped_ones() -> None:
+    with pytest.raises(ConfigError, match="enwiki_mlm"):
+        load_config("no_such_recipe")
+
+
+@pytest.mark.parametrize("override", ["steps", "=3", "name.x=1", "steps=[1"])
+def test_a_bad_override_is_refused(recipe: Path, override: str) -> None:
+    with pytest.raises(ConfigError):
+        load_config(recipe, [override])
+
+
+def test_the_hash_follows_the_values_and_not_the_spelling(recipe: Path) -> None:
+    config = load_config(recipe)
+    assert config_hash(config) == config_hash(load_config(recipe, ["seed=1"]))
+    assert config_hash(config) != config_hash(load_config(recipe, ["seed=2"]))
