@@ -1,0 +1,189 @@
+"""Blocked attention in plain torch: the CPU path, and the fallback anywhere.
+
+Works on blocks of rows, one score buffer at a time, so memory is linear in the sequence. All keys
+of a row are in one block, so its softmax is complete at once; the backward recomputes the weights
+from the saved log-sum-exp. Statistics are base 2 inside, because exp2 is three times as fast as
+exp on a CPU (measured: 6.7 against 2.3 G elements/s on two AVX-512 cores).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from haloformer.kernels.band import Band
+from haloformer.kernels.blocks import blocks
+
+# A block of R rows computes R - 1 scores per row beyond the window; fewer rows waste less but
+# leave matrix products too small to run at full rate. 64 measured best.
+BLOCK_ROWS = 64
+
+
+def window_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    global_key: Tensor | None,
+    global_value: Tensor | None,
+    band: Band,
+) -> tuple[Tensor, Tensor]:
+    """The low-level op of :mod:`haloformer.kernels.band` in blocked torch, differentiable.
+
+    float16 and bfloat16 inputs are computed in float32 throughout.
+
+    Args:
+        query: [B, n, H, D].
+        key: [B, m, H, D].
+        value: [B, m, H, D].
+        global_key: [B, G, H, D] or None.
+        global_value: [B, G, H, D] or None.
+        band: Who may see whom.
+
+    Returns:
+        Output [B, n, H, D] and log-sum-exp [B, n, H], +inf on rows without a key.
+    """
+    if global_key is None or global_value is None:
+        global_key = global_value = key[:, :0]
+        band = replace(band, global_mask=None, global_segments=None)
+    if band.dropout is not None and band.dropout.rate == 0.0:
+        band = replace(band, dropout=None)
+    result: tuple[Tensor, Tensor] = _WindowAttention.apply(  # type: ignore[no-untyped-call]
+        query, key, value, global_key, global_value, band
+    )
+    return result
+
+
+class _WindowAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        global_key: Tensor,
+        global_value: Tensor,
+        band: Band,
+    ) -> tuple[Tensor, Tensor]:
+        inputs = (query, key, value, global_key, global_value)
+        out, lse = _forward(*(_computed(x) for x in inputs), band)
+        out = out.to(query.dtype)
+        ctx.band = band
+        ctx.save_for_backward(*inputs, out, lse)
+        ctx.mark_non_differentiable(lse)
+        return out, lse * math.log(2.0)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_out: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        *inputs, out, lse = ctx.saved_tensors
+        # sum_j P_ij dP_ij = dO_i . O_i, with dropout as well.
+        delta = (_computed(grad_out) * out).sum(-1, keepdim=True)
+        upcast = [_computed(x) for x in inputs]
+        grads = _backward(_computed(grad_out), *upcast, lse[..., None], delta, ctx.band)
+        return (*(g.to(x.dtype) for g, x in zip(grads, inputs, strict=True)), None)
+
+
+def _computed(x: Tensor) -> Tensor:
+    """In the precision of the arithmetic: float32, or float64 for float64."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+class _Scratch:
+    """One buffer, used again by every block: fresh ones would cost page faults per block."""
+
+    def __init__(self, like: Tensor) -> None:
+        self._buffer = like.new_empty(0)
+
+    def take(self, *shape: int) -> Tensor:
+        """An uninitialised contiguous tensor; the one taken before is no longer usable."""
+        size = math.prod(shape)
+        if self._buffer.numel() < size:
+            self._buffer = self._buffer.new_empty(size)
+        return self._buffer[:size].view(shape)
+
+
+def _forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    global_key: Tensor,
+    global_value: Tensor,
+    band: Band,
+) -> tuple[Tensor, Tensor]:
+    """Output, and log-sum-exp to base 2."""
+    out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    lse = out.new_empty(query.shape[:3])
+    scratch = _Scratch(query)
+    num_globals = global_key.shape[1]
+    for block in blocks(query, key, band, BLOCK_ROWS):
+        q, o, block_lse = (block.take_rows(x) for x in (query, out, lse[..., None]))
+        width = num_globals + len(block.keys)
+        if width == 0:
+            o.zero_()
+            block_lse.fill_(torch.inf)
+            continue
+        scores = scratch.take(q.shape[0], q.shape[1], width)
+        block.scores_(scores, q, block.take_keys(key), block.take_globals(global_key))
+        # A row that is -inf throughout keeps a finite top, so its weights are 0, not NaN.
+        top = scores.amax(-1, keepdim=True).clamp_(min=torch.finfo(scores.dtype).min)
+        total = scores.sub_(top).exp2_().sum(-1, keepdim=True)
+        if band.dropout is not None:
+            scores.mul_(block.keep_factors(scores))
+        torch.bmm(scores[:, :, num_globals:], block.take_keys(value), out=o)
+        if num_globals:
+            o.baddbmm_(scores[:, :, :num_globals], block.take_globals(global_value))
+        empty = total == 0
+        o.div_(total.masked_fill(empty, 1.0))
+        block_lse.copy_(top.add_(total.log2_()).masked_fill_(empty, torch.inf))
+    return out, lse
+
+
+def _backward(
+    grad_out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    global_key: Tensor,
+    global_value: Tensor,
+    lse: Tensor,
+    delta: Tensor,
+    band: Band,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of the five inputs; lse (base 2) and delta are [B, n, H, 1]."""
+    grad_query = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    grad_key, grad_value, grad_global_key, grad_global_value = (
+        torch.zeros(x.shape, dtype=x.dtype, device=x.device)
+        for x in (key, value, global_key, global_value)
+    )
+    scratch, other_scratch = _Scratch(query), _Scratch(query)
+    scale = query.shape[-1] ** -0.5
+    num_globals = global_key.shape[1]
+    for block in blocks(query, key, band, BLOCK_ROWS):
+        q, d_o, d_q = (block.take_rows(x) for x in (query, grad_out, grad_query))
+        k, v, g_k = block.take_keys(key), block.take_keys(value), block.take_globals(global_key)
+        shape = (q.shape[0], q.shape[1], num_globals + len(block.keys))
+        weights = block.scores_(scratch.take(*shape), q, k, g_k)
+        weights.sub_(block.take_rows(lse)).exp2_()
+        factors = block.keep_factors(weights) if band.dropout is not None else None
+        dropped = weights if factors is None else weights * factors
+        block.take_keys(grad_value).baddbmm_(dropped[:, :, num_globals:].mT, d_o)
+        d_s = other_scratch.take(*shape)
+        torch.bmm(d_o, v.mT, out=d_s[:, :, num_globals:])
+        if num_globals:
+            torch.bmm(d_o, block.take_globals(global_value).mT, out=d_s[:, :, :num_globals])
+            block.take_globals(grad_global_value).baddbmm_(dropped[:, :, :num_globals].mT, d_o)
+        if factors is not None:
+            d_s.mul_(factors)
+        d_s.sub_(block.take_rows(delta)).mul_(weights)
+        near, far = d_s[:, :, num_globals:], d_s[:, :, :num_globals]
+        torch.baddbmm(d_q, near, k, beta=0, alpha=scale, out=d_q)
+        block.take_keys(grad_key).baddbmm_(near.mT, q, alpha=scale)
+        if num_globals:
+            d_q.baddbmm_(far, g_k, alpha=scale)
+            block.take_globals(grad_global_key).baddbmm_(far.mT, q, alpha=scale)
+    return grad_query, grad_key, grad_value, grad_global_key, grad_global_value
