@@ -1,0 +1,177 @@
+"""DeepSpeed's engine for a recipe: ZeRO, accumulation and clipping over data x context ranks.
+
+The loss of the whole global batch is ``sum over tokens / number of tokens``. One rank holds a part
+of the tokens of one micro-batch; DeepSpeed averages gradients over the data x context ranks and
+adds them over the micro-batches, so ``rank_loss`` undoes the average and nothing else.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import AdamW, Optimizer
+
+from haloformer.configs.schema import OptimConfig, TrainConfig
+from haloformer.launcher.runtime import check_deepspeed, deepspeed
+from haloformer.launcher.topology import MpuAdapter, Topology
+
+# Elements that DeepSpeed reduces or prefetches at once, and so the size of its extra buffers.
+_BUCKET = 25_000_000
+
+Engine = Any  # deepspeed.DeepSpeedEngine; the library ships no types
+
+
+def accumulation_steps(config: TrainConfig, layout_data: int) -> int:
+    """Micro-batches per optimizer step on one rank.
+
+    Ours, not DeepSpeed's: its train_batch_size counts context ranks as samples.
+
+    Raises:
+        ValueError: If the global batch does not split evenly.
+    """
+    batch = config.batch
+    share = batch.micro_batch * layout_data
+    if batch.global_batch % share:
+        raise ValueError(
+            f"batch.global_batch {batch.global_batch} is not a multiple of batch.micro_batch "
+            f"{batch.micro_batch} x {layout_data} data-parallel ranks = {share}; change one of them"
+        )
+    return batch.global_batch // share
+
+
+def build_engine(model: nn.Module, config: TrainConfig, topology: Topology) -> Engine:
+    """Wrap a model in a DeepSpeed engine.
+
+    Every rank must pass the same weights: seed torch the same before the model is built.
+
+    Args:
+        model: On the CPU or on ``topology.device``; its parameters are moved, split and cast.
+        config: Recipe; ``batch``, ``optim`` and ``parallel`` are read.
+        topology: From ``build_topology``.
+
+    Returns:
+        A ``deepspeed.DeepSpeedEngine``: call it for the forward pass; then ``backward`` of this
+        module, and ``engine.step()`` after every micro-batch (it acts after the last one).
+
+    Raises:
+        ValueError: For frozen parameters, a batch that does not split, or an untested DeepSpeed.
+    """
+    check_deepspeed()
+    frozen = [name for name, p in model.named_parameters() if not p.requires_grad]
+    if frozen:
+        raise ValueError(
+            f"parameter {frozen[0]} is frozen (requires_grad False), and checkpoints would lose "
+            "it; train it or make it a buffer that the model can recompute"
+        )
+    optimizer = AdamW(parameter_groups(model, config.optim), **_adam_options(config.optim))
+    adapter = MpuAdapter(topology)
+    if config.parallel.zero_stage == 0:
+        _clip_before_step(model, optimizer, adapter, config.optim.clip_norm)
+    settings = _deepspeed_config(config, topology, sum(p.numel() for p in model.parameters()))
+    # DeepSpeed's bf16 optimizer prints the machine's memory ten times while it is made.
+    with contextlib.redirect_stdout(io.StringIO()):
+        engine, *_ = deepspeed.initialize(
+            model=model, optimizer=optimizer, mpu=adapter, config=settings, dist_init_required=False
+        )
+    return engine
+
+
+def parameter_groups(model: nn.Module, optim: OptimConfig) -> list[dict[str, Any]]:
+    """AdamW's groups: matrices decay; biases and norms (one dimension) do not."""
+    parameters = list(model.parameters())
+    groups = [
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": optim.weight_decay},
+        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    # DeepSpeed flattens each group and cannot flatten an empty one.
+    return [group for group in groups if group["params"]]
+
+
+def rank_loss(local_sum: Tensor, num_tokens: int, topology: Topology) -> Tensor:
+    """The loss this rank differentiates.
+
+    Args:
+        local_sum: fp32 scalar, summed over the tokens this rank holds in this micro-batch.
+        num_tokens: Tokens with a loss in the whole global batch: every rank, every micro-batch.
+        topology: For the number of ranks that DeepSpeed averages over.
+    """
+    layout = topology.layout
+    # A global batch with no masked token at all has sum 0: its loss is 0, not NaN.
+    return local_sum * (layout.data * layout.context / max(num_tokens, 1))
+
+
+def backward(engine: Engine, loss: Tensor) -> None:
+    """Add the gradients of ``rank_loss``.
+
+    ``num_tokens`` already spans the micro-batches, so DeepSpeed must not divide by their number.
+    """
+    engine.backward(loss, scale_wrt_gas=False)
+
+
+def set_learning_rate(engine: Engine, learning_rate: float) -> None:
+    """Set the rate of the coming step, in every parameter group."""
+    for group in engine.optimizer.param_groups:
+        group["lr"] = learning_rate
+
+
+def grad_norm(engine: Engine) -> float:
+    """Norm of the whole gradient at the last optimizer step, before clipping.
+
+    Infinite if the gradient was not finite; ZeRO-3 then leaves the weights as they were.
+    """
+    norm = engine.get_global_grad_norm()
+    assert norm is not None, "grad_norm is known after the first optimizer step"
+    value = float(norm)
+    return value if math.isfinite(value) else math.inf
+
+
+def _adam_options(optim: OptimConfig) -> dict[str, Any]:
+    return {"lr": optim.learning_rate, "betas": optim.betas, "eps": optim.eps}
+
+
+def _deepspeed_config(
+    config: TrainConfig, topology: Topology, num_parameters: int
+) -> dict[str, Any]:
+    parallel, model = config.parallel, config.model
+    bucket = min(_BUCKET, num_parameters + num_parameters % 2)  # DeepSpeed wants it even
+    settings: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": config.batch.micro_batch,
+        "gradient_accumulation_steps": accumulation_steps(config, topology.layout.data),
+        "zero_allow_untested_optimizer": True,
+        # DeepSpeed does not tell the norm at ZeRO-0: _clip_before_step clips there.
+        "gradient_clipping": config.optim.clip_norm if parallel.zero_stage else 0.0,
+        "zero_optimization": {
+            "stage": parallel.zero_stage,
+            "reduce_bucket_size": bucket,
+            "allgather_bucket_size": bucket,
+            "stage3_prefetch_bucket_size": bucket,
+            # Keep vectors (biases, norms) whole on every rank, and split the matrices.
+            "stage3_param_persistence_threshold": max(model.hidden_size, model.ffn_size),
+        },
+    }
+    if parallel.precision == "bf16":
+        settings["bf16"] = {"enabled": True}
+        # Sums over micro-batches and over ranks lose small gradients in bf16.
+        settings["data_types"] = {"grad_accum_dtype": "fp32"}
+        settings["communication_data_type"] = "fp32"
+    return settings
+
+
+def _clip_before_step(
+    model: nn.Module, optimizer: Optimizer, adapter: MpuAdapter, max_norm: float
+) -> None:
+    """Clip and note the norm at ZeRO-0, where DeepSpeed would clip without telling the norm."""
+
+    def clip(stepped: Optimizer, *_: Any) -> None:
+        norm = deepspeed.runtime.utils.clip_grad_norm_(
+            list(model.parameters()), max_norm, mpu=adapter
+        )
+        # The engine copies this attribute from its optimizer after each step, as for ZeRO 1-3.
+        setattr(stepped, "_global_grad_norm", torch.as_tensor(norm))  # noqa: B010
+
+    optimizer.register_step_pre_hook(clip)

@@ -1,0 +1,331 @@
+"""Model and optimizer state as flat slices, as ZeRO holds them: no gather to write or read.
+
+The only file that reaches into DeepSpeed's optimizers; ``check_deepspeed`` guards the version.
+
+Each parameter is flattened, and so are its fp32 master weight and its two Adam moments. A rank
+holds a slice of each, wherever ZeRO put it, and torch's distributed checkpoint (DCP) stores
+slices and finds the overlaps when another layout asks for others:
+
+    weight (numel 10)     0 1 2 3 4 5 6 7 8 9
+    written, 2 ranks      [ rank 0 ][ rank 1 ]
+    read, 3 ranks         [r 0  ][r 1  ][r 2 ]
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.checkpoint.hf_storage import (
+    HuggingFaceStorageReader,
+    HuggingFaceStorageWriter,
+)
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
+from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
+
+from haloformer.launcher.engine import Engine
+from haloformer.launcher.runtime import check_deepspeed
+from haloformer.launcher.topology import Topology
+
+WEIGHT = "weight"
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+# DCP builds a whole file in memory before it writes it.
+_BYTES_PER_FILE = 1 << 30
+
+
+class Fragment(Tensor):
+    """The elements ``[start, start + len(data))`` of a flat tensor of ``numel`` elements.
+
+    DCP takes tensors only; this one has the full size and holds no storage but the slice.
+    """
+
+    data_slice: Tensor
+    start: int
+
+    @staticmethod
+    def __new__(cls, data: Tensor, start: int, numel: int) -> Fragment:
+        assert data.ndim == 1 and start >= 0 and start + data.numel() <= numel
+        fragment = Tensor._make_wrapper_subclass(
+            cls, torch.Size([numel]), dtype=data.dtype, device=data.device
+        )
+        fragment.data_slice = data
+        fragment.start = start
+        return fragment
+
+    def __init__(self, data: Tensor, start: int, numel: int) -> None:
+        pass
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]  # torch declares it without cls
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        raise NotImplementedError(f"{func}: a Fragment is only written and read")
+
+    def __create_write_items__(self, fqn: str, _: object) -> list[WriteItem]:
+        return [
+            WriteItem(
+                index=MetadataIndex(fqn, [self.start]),
+                type=WriteItemType.SHARD,
+                tensor_data=TensorWriteData(
+                    chunk=self.__create_chunk_list__()[0],
+                    properties=TensorProperties.create_from_tensor(self.data_slice),
+                    size=self.size(),
+                ),
+            )
+        ]
+
+    def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
+        return [
+            ChunkStorageMetadata(
+                offsets=torch.Size([self.start]), sizes=torch.Size([self.data_slice.numel()])
+            )
+        ]
+
+    def __get_tensor_shard__(self, index: MetadataIndex) -> Tensor:
+        return self.data_slice
+
+
+def save_fragments(engine: Engine, topology: Topology, folder: Path) -> None:
+    """Write this rank's slices into ``folder`` as safetensors. Collective over all ranks.
+
+    Args:
+        engine: From ``build_engine``, between two optimizer steps.
+        topology: Its topology.
+        folder: Made if missing; ranks may share it or not (their file names differ).
+
+    Raises:
+        ValueError: For tensor parallelism, or an untested DeepSpeed.
+    """
+    _check(engine, topology)
+    _make_moments(engine)
+    state: dict[str, Any] = {}
+    for name, (data, start, numel) in _slices(engine, topology):
+        if engine.zero_optimization_stage() == 0:
+            # Every rank holds everything: each writes its share.
+            rank, ranks = topology.data_context_rank, topology.data_context_group.size()
+            start, stop = rank * numel // ranks, (rank + 1) * numel // ranks
+            data = data[start:stop]
+        if data.numel():
+            state[name] = Fragment(data, start, numel)
+    writer = HuggingFaceStorageWriter(
+        str(folder),
+        fqn_to_index_mapping=_spread_over_files(engine, topology),
+        save_distributed=True,
+    )
+    dcp_save(state, storage_writer=writer)
+
+
+def load_fragments(engine: Engine, topology: Topology, folder: Path, step: int) -> None:
+    """Read the slices this layout needs, whatever layout wrote them. Collective over all ranks.
+
+    Afterwards the engine stands right after optimizer step ``step``.
+
+    Args:
+        engine: Fresh from ``build_engine``.
+        topology: Its topology.
+        folder: All files of the checkpoint and no other safetensors file.
+        step: Optimizer steps that were taken.
+
+    Raises:
+        ValueError: If the checkpoint is of another model, for tensor parallelism, or an untested
+            DeepSpeed.
+    """
+    _check(engine, topology)
+    _make_moments(engine)
+    _check_same_model(_saved_sizes(folder), _sizes(engine.module))
+    state: dict[str, Any] = {
+        name: Fragment(data, start, numel)
+        for name, (data, start, numel) in _slices(engine, topology)
+        if data.numel()
+    }
+    dcp_load(state, storage_reader=HuggingFaceStorageReader(str(folder)))
+    _refresh_model_weights(engine)
+    for flat in _flat_masters(engine):
+        _torch_optimizer(engine).state[flat]["step"].fill_(step)
+    engine.global_steps = step
+    engine.micro_steps = step * engine.gradient_accumulation_steps()
+
+
+def load_weights(model: nn.Module, folder: Path) -> None:
+    """Fill a plain model with the fp32 weights of a checkpoint, in this process alone.
+
+    Args:
+        model: The model that was trained, not wrapped by DeepSpeed.
+        folder: All files of the checkpoint and no other safetensors file.
+
+    Raises:
+        ValueError: If the checkpoint is of another model.
+    """
+    sizes = _sizes(model)
+    _check_same_model(_saved_sizes(folder), sizes)
+    flats: dict[str, Any] = {
+        name: torch.empty(numel) for name, numel in sizes.items() if name.startswith(f"{WEIGHT}/")
+    }
+    with warnings.catch_warnings():
+        # DCP warns that it works in one process even where no_dist asks for it.
+        warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
+        dcp_load(flats, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=True)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(flats[f"{WEIGHT}/{name}"].view_as(parameter))
+
+
+def _check(engine: Engine, topology: Topology) -> None:
+    check_deepspeed()
+    if topology.layout.tensor > 1:
+        raise ValueError(
+            f"parallel.tensor {topology.layout.tensor}: checkpoints of tensor-parallel slices are "
+            "not there yet; set parallel.tensor 1"
+        )
+    persistent = set(engine.module.state_dict()) - {n for n, _ in _parameters(engine.module, False)}
+    if persistent:
+        raise ValueError(
+            f"{min(persistent)} is a persistent buffer, and checkpoints hold parameters only; "
+            "register it with persistent=False and recompute it"
+        )
+
+
+def _parameters(module: nn.Module, once: bool = True) -> Iterator[tuple[str, nn.Parameter]]:
+    """Named parameters; a tied one once, or under each of its names."""
+    return module.named_parameters(remove_duplicate=once)
+
+
+def _sizes(module: nn.Module) -> dict[str, int]:
+    """Number of elements of every tensor that a checkpoint of this model holds."""
+    # Under ZeRO-3 a parameter is an empty placeholder between uses, and ds_numel its real size.
+    numels = {name: int(getattr(p, "ds_numel", p.numel())) for name, p in _parameters(module)}
+    kinds = (WEIGHT, *MOMENTS)
+    return {f"{kind}/{name}": n for kind in kinds for name, n in numels.items()}
+
+
+def _saved_sizes(folder: Path) -> dict[str, int]:
+    metadata = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
+    return {
+        name: stored.size.numel()
+        for name, stored in metadata.items()
+        if isinstance(stored, TensorStorageMetadata)
+    }
+
+
+def _check_same_model(saved: dict[str, int], wanted: dict[str, int]) -> None:
+    faults = [
+        f"{name}: {saved.get(name, 'nothing')} elements saved, {wanted.get(name, 'none')} wanted"
+        for name in sorted(saved.keys() | wanted.keys())
+        if saved.get(name) != wanted.get(name)
+    ]
+    if faults:
+        more = f" and {len(faults) - 1} more" if len(faults) > 1 else ""
+        raise ValueError(
+            f"the checkpoint is of another model ({faults[0]}{more}); use the recipe it was "
+            "trained with"
+        )
+
+
+def _spread_over_files(engine: Engine, topology: Topology) -> dict[str, int]:
+    """Tensor name -> number of the file that each rank puts its slice into, from 1 up."""
+    mapping, written = {}, 0
+    for name, numel in _sizes(engine.module).items():
+        mapping[name] = 1 + written // _BYTES_PER_FILE
+        written += numel * 4 // topology.data_context_group.size()
+    return mapping
+
+
+def _slices(engine: Engine, topology: Topology) -> Iterator[tuple[str, tuple[Tensor, int, int]]]:
+    """Yield (name, (fp32 view that this rank holds, its start, size of the whole))."""
+    stage = engine.zero_optimization_stage()
+    for name, parameter in _parameters(engine.module):
+        if stage == 0:
+            views = _slice_stage_0(engine, parameter)
+        elif stage == 3:
+            views = _slice_stage_3(engine, topology, parameter)
+        else:
+            views = _slice_stage_1_2(parameter)
+        for kind, view in views.items():
+            yield f"{kind}/{name}", view
+
+
+def _slice_stage_0(engine: Engine, parameter: nn.Parameter) -> dict[str, tuple[Tensor, int, int]]:
+    state = _torch_optimizer(engine).state[parameter]
+    tensors = {WEIGHT: parameter.detach(), **{kind: state[kind] for kind in MOMENTS}}
+    return {kind: (t.view(-1), 0, t.numel()) for kind, t in tensors.items()}
+
+
+def _slice_stage_1_2(parameter: nn.Parameter) -> dict[str, tuple[Tensor, int, int]]:
+    # The flat group of all parameters is cut into equal parts, so most ranks own no element of
+    # this parameter; their mapping is None.
+    mapping = cast(Any, parameter)._hp_mapping
+    if mapping is None:
+        return {}
+    start, numel = mapping.lp_fragment_address.start, parameter.numel()
+    views = {WEIGHT: mapping.hp_fragment.detach()}
+    views |= {kind: mapping.get_optim_state_fragment(kind) for kind in MOMENTS}
+    return {kind: (view, start, numel) for kind, view in views.items()}
+
+
+def _slice_stage_3(
+    engine: Engine, topology: Topology, parameter: nn.Parameter
+) -> dict[str, tuple[Tensor, int, int]]:
+    # Every parameter is cut into equal parts, the last ones padded:
+    #   numel 10 on 4 ranks -> 3 elements each; rank 3 holds element 9 and two of padding.
+    zero, partitioned = engine.optimizer, cast(Any, parameter)
+    numel, part = partitioned.ds_numel, partitioned.partition_numel()
+    start = min(topology.data_context_rank * part, numel)
+    length = min(part, numel - start)
+    views = {WEIGHT: zero.get_local_fp32_param(parameter).detach()}
+    views |= {kind: zero.get_local_fp32_param(parameter, kind) for kind in MOMENTS}
+    return {kind: (view[:length], start, numel) for kind, view in views.items()}
+
+
+def _torch_optimizer(engine: Engine) -> Any:
+    return engine.optimizer.optimizer if engine.zero_optimization_stage() else engine.optimizer
+
+
+def _flat_masters(engine: Engine) -> list[Tensor]:
+    """The tensors that torch's AdamW steps: its state is keyed by them."""
+    groups = _torch_optimizer(engine).param_groups
+    stage = engine.zero_optimization_stage()
+    if stage == 3:
+        # Between steps ZeRO-3 leaves the groups of the torch optimizer empty.
+        return list(engine.optimizer.fp32_partitioned_groups_flat)
+    return [tensor for group in groups for tensor in group["params"]]
+
+
+def _make_moments(engine: Engine) -> None:
+    """Give AdamW the state that its first step would make, zeros, where it is not there yet."""
+    optimizer = _torch_optimizer(engine)
+    for flat in _flat_masters(engine):
+        state = optimizer.state[flat]
+        if not state:
+            state["step"] = torch.tensor(0.0)
+            state |= {kind: torch.zeros_like(flat) for kind in MOMENTS}
+    if engine.zero_optimization_stage() in (1, 2):
+        # DeepSpeed links all groups once, after the first group's first step, when the others
+        # have no moments to link: link again.
+        engine.optimizer._hp_optimizer_states_linked = False
+        engine.optimizer._lazy_init_hp_params_optimizer_state()
+
+
+def _refresh_model_weights(engine: Engine) -> None:
+    """Bring the model's own weights (bf16, or a second fp32 copy) up to the masters."""
+    stage, zero = engine.zero_optimization_stage(), engine.optimizer
+    if stage in (1, 2):
+        zero.update_lp_params()
+    elif stage == 3:
+        # As at the end of a step: every rank its slices, then whole copies of the small ones.
+        zero._partition_all_parameters()
+        for index, _ in enumerate(zero.fp32_partitioned_groups_flat):
+            zero._reassign_or_swap_out_partitioned_parameters(index)
+        if zero.persistent_parameters:
+            zero.persistent_parameters[0].all_gather(zero.persistent_parameters)
