@@ -106,9 +106,11 @@ def _disk() -> Iterator[Finding]:
 def _loopback() -> Iterator[Finding]:
     """Ranks of one machine meet on the loopback interface."""
     try:
-        with socket.create_server(("127.0.0.1", 0)) as server:
-            with socket.create_connection(server.getsockname(), timeout=5):
-                pass
+        with (
+            socket.create_server(("127.0.0.1", 0)) as server,
+            socket.create_connection(server.getsockname(), timeout=5),
+        ):
+            pass
     except OSError as error:
         yield Finding("loopback", str(error), "bring the interface up: ip link set lo up")
         return
@@ -117,6 +119,10 @@ def _loopback() -> Iterator[Finding]:
 
 def _tracking() -> Iterator[Finding]:
     uri = tracking.tracking_uri(TrackingConfig(), os.environ.get("MLFLOW_TRACKING_URI"))
+    database = Path(uri.removeprefix("sqlite:///"))
+    if uri.startswith("sqlite:///") and database.parent.is_dir() and not database.exists():
+        yield Finding("tracking", f"{uri} (made at first use)")  # looking must not make it
+        return
     try:
         tracking.connect(uri)
     except tracking.TrackingError as error:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from haloformer.data_pipeline.batch import Batch
@@ -34,13 +35,13 @@ def micro_batches(batch: Batch, micro_batch: int, topology: Topology) -> Iterato
     All context ranks of a group get the same batch; context rank r keeps rows
     [r * N / P, (r + 1) * N / P) of every sequence and the metadata of all of them.
     """
-    for start in range(0, batch.input_ids.shape[0], micro_batch):
-        yield _rank_input(batch, slice(start, start + micro_batch), topology)
+    for part in batch.split(micro_batch):
+        yield _rank_input(part, topology)
 
 
-def _rank_input(batch: Batch, samples: slice, topology: Topology) -> RankInput:
-    def tensor(array: np.ndarray) -> Tensor:
-        return torch.from_numpy(np.ascontiguousarray(array[samples])).to(topology.device)
+def _rank_input(batch: Batch, topology: Topology) -> RankInput:
+    def tensor(array: NDArray[Any]) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(array)).to(topology.device)
 
     length = batch.input_ids.shape[1]
     shard = SequenceShard(

@@ -41,6 +41,9 @@ def connect(uri: str) -> MlflowClient:
     Raises:
         TrackingError: If the server does not answer.
     """
+    # At first use MLflow narrates how it creates its tables.
+    for name in ("mlflow.store.db.utils", "alembic"):
+        logging.getLogger(name).setLevel(logging.WARNING)
     client = MlflowClient(tracking_uri=uri)
     try:
         client.search_experiments(max_results=1)

@@ -21,7 +21,10 @@ from haloformer.launcher.sources import check_data
 RUNS = Path("runs")
 
 # What may differ between a run and its continuation: none of it changes what a step computes.
-_FREE_ON_RESUME = ("parallel", "checkpoint", "eval", "tracking", "batch.micro_batch", "data.on_corrupt")
+_FREE_ON_RESUME = (
+    *("parallel", "checkpoint", "eval", "tracking"),
+    *("batch.micro_batch", "data.on_corrupt"),
+)
 
 
 def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -121,8 +124,8 @@ def _announce(
     size = num_parameters(config.model, vocab_size)
     start = "from the start" if step is None else f"from step {step}"
     print(
-        f"{config.name}: {size / 1e6:.1f} M parameters, {config.data.seq_len} tokens, {ranks} ranks "
-        f"(context {config.parallel.context}), ZeRO-{config.parallel.zero_stage}, "
+        f"{config.name}: {size / 1e6:.1f} M parameters, {config.data.seq_len} tokens, "
+        f"{ranks} ranks (context {config.parallel.context}), ZeRO-{config.parallel.zero_stage}, "
         f"{config.parallel.precision}; run {run_id} {start}",
         flush=True,
     )

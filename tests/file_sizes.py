@@ -25,7 +25,7 @@ def faults(root: Path) -> list[str]:
         lines = len(path.read_text(encoding="utf-8").splitlines())
         if lines > LIMIT:
             found.append(f"{name}: {lines} lines; split it, {LIMIT} is the limit")
-        if path.name == "__init__.py" and path.parent.parent == root and path.parent.name in FOLDERS:
+        if path.name == "__init__.py" and path.parent in [root / folder for folder in FOLDERS]:
             found.append(f"{name}: the five folders are namespace packages; remove it")
     return found
 

@@ -1,5 +1,7 @@
 """The learning rate is a pure function of the step."""
 
+import itertools
+
 import pytest
 
 from haloformer.configs.schema import OptimConfig
@@ -16,7 +18,7 @@ def test_linear_decay_ends_at_the_end_rate() -> None:
     rates = [learning_rate(step, 10, config) for step in range(2, 11)]
     assert rates[0] == 1.0
     assert rates[-1] == pytest.approx(0.2)
-    steps = [a - b for a, b in zip(rates, rates[1:], strict=False)]
+    steps = [a - b for a, b in itertools.pairwise(rates)]
     assert steps == pytest.approx([0.1] * 8)
 
 

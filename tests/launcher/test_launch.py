@@ -1,0 +1,56 @@
+"""Ports, environment, and signals that reach only ranks of ours."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from haloformer.launcher.environment import rank_environment
+from haloformer.launcher.launch import LaunchError, choose_port, signal_ranks
+from haloformer.launcher.run_dir import RunDir
+
+
+def test_a_taken_port_is_refused_by_number() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        with pytest.raises(LaunchError, match=f"--master-port {port}: Address already in use"):
+            choose_port(port)
+    assert choose_port(port) == port
+
+
+def test_a_free_port_can_be_bound() -> None:
+    with socket.create_server(("127.0.0.1", choose_port(None))):
+        pass
+
+
+def test_ranks_share_the_cores_and_what_the_user_set_stays() -> None:
+    cores = len(os.sched_getaffinity(0))
+    assert rank_environment(cores * 2, {})["OMP_NUM_THREADS"] == "1"
+    assert rank_environment(1, {})["OMP_NUM_THREADS"] == str(cores)
+    assert rank_environment(1, {"OMP_NUM_THREADS": "7"})["OMP_NUM_THREADS"] == "7"
+
+
+def test_a_process_that_took_over_a_rank_s_number_is_not_signalled(tmp_path: Path) -> None:
+    run_dir = RunDir(tmp_path)
+    run_dir.create()
+    stranger = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    try:
+        (tmp_path / "ranks" / "0.pid").write_text(str(stranger.pid))
+        assert not signal_ranks(run_dir, signal.SIGKILL)
+        assert stranger.poll() is None
+    finally:
+        stranger.kill()
+        stranger.communicate()
+
+
+def test_no_rank_to_signal_is_said(tmp_path: Path) -> None:
+    run_dir = RunDir(tmp_path)
+    run_dir.create()
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    (tmp_path / "ranks" / "0.pid").write_text(str(gone.pid))
+    assert not signal_ranks(run_dir, signal.SIGTERM)

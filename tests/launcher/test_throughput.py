@@ -1,0 +1,47 @@
+"""FLOPs and parameters from a recipe's numbers agree with the model that is built from it."""
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from haloformer.configs.load import load_config
+from haloformer.configs.sizes import num_parameters
+from haloformer.launcher.throughput import (
+    forward_flops_per_token,
+    peak_flops,
+    peak_memory_bytes,
+    training_flops_per_token,
+)
+from haloformer.model.longformer import LongformerForMaskedLM
+
+MODEL = load_config("enwiki_mlm", ["model.max_positions=64"]).model
+
+
+def test_the_parameter_count_is_that_of_the_model() -> None:
+    model = LongformerForMaskedLM(MODEL, 261)
+    assert num_parameters(MODEL, 261) == sum(p.numel() for p in model.parameters())
+
+
+def test_flops_are_the_textbook_terms() -> None:
+    size, window = MODEL.hidden_size, 256
+    layer = 2 * (6 * size * size + 2 * size * MODEL.ffn_size) + 4 * size * (window + 1)
+    flops = forward_flops_per_token(MODEL, 261, num_globals=0, target_fraction=0.0)
+    assert flops == MODEL.num_layers * layer
+    head = forward_flops_per_token(MODEL, 261, num_globals=0, target_fraction=1.0) - flops
+    assert head == 2 * size * (size + 261)
+    assert training_flops_per_token(flops) == 3 * flops
+
+
+def test_flops_of_the_linears_are_those_that_torch_counts() -> None:
+    linear = torch.nn.Linear(MODEL.hidden_size, MODEL.hidden_size)
+    with FlopCounterMode(display=False) as counter:
+        linear(torch.ones(10, MODEL.hidden_size))
+    assert counter.get_total_flops() == 10 * 2 * MODEL.hidden_size**2
+
+
+def test_peaks_are_measured() -> None:
+    assert peak_flops(torch.device("cpu")) > 1e8
+    before = peak_memory_bytes(torch.device("cpu"))
+    block = torch.ones(64 * 2**20, dtype=torch.uint8)
+    assert peak_memory_bytes(torch.device("cpu")) >= max(before, block.numel())
+    assert before == pytest.approx(before)

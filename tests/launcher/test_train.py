@@ -1,0 +1,107 @@
+"""`haloformer train` on real processes: whole, killed, stopped, resumed on another layout."""
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from launcher_runs import (
+    finish,
+    haloformer,
+    held_out,
+    losses,
+    newest_run,
+    start,
+    wait_for_step,
+    write_project,
+)
+
+RANKS = ["--ranks", "2"]
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("project")
+    write_project(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole(project: Path) -> tuple[dict[int, float], str]:
+    """Losses and output of the run that nothing disturbs."""
+    done = haloformer(project, ["train", "tiny.yaml", *RANKS])
+    assert done.returncode == 0, done.stdout + done.stderr
+    return losses(newest_run(project)), done.stdout
+
+
+def test_a_whole_run_learns_evaluates_checkpoints_and_says_what_next(
+    project: Path, whole: tuple[dict[int, float], str]
+) -> None:
+    loss, output = whole
+    run_dir = newest_run(project)
+    assert sorted(loss) == list(range(1, 25))
+    assert loss[24] < loss[1]
+    evaluated = held_out(run_dir)
+    assert sorted(evaluated) == [0, 24]
+    assert evaluated[24] < evaluated[0]
+    for part in ("step 24, step 16", "mlflow ui --backend-store-uri sqlite:", "--resume"):
+        assert part in output
+    assert run_dir.curve_file.read_bytes().startswith(b"\x89PNG")
+    assert run_dir.read_state() == ("finished", 24)
+    listed = haloformer(project, ["checkpoints", "latest", "--verify"])
+    assert listed.returncode == 0, listed.stderr
+    assert [line.split()[1] for line in listed.stdout.splitlines()] == ["24", "16"]
+
+
+def test_kill_9_of_a_rank_then_resume_gives_the_same_losses_bit_for_bit(
+    project: Path, whole: tuple[dict[int, float], str]
+) -> None:
+    process = start(project, ["train", "tiny.yaml", *RANKS])
+    run_dir = wait_for_step(process, project, 11)
+    os.kill(run_dir.rank_pids()[1], signal.SIGKILL)
+    code, output = finish(process)
+    assert code == 1
+    assert "failed" in output and "--resume" in output
+    assert max(losses(run_dir)) < 24, "the run ended before it was killed"
+    done = haloformer(project, ["train", "tiny.yaml", *RANKS, "--resume", "latest"])
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "from step 8" in done.stdout or "from step 16" in done.stdout
+    assert losses(run_dir) == whole[0]
+
+
+def test_ctrl_c_checkpoints_and_another_layout_goes_on_with_the_same_losses(
+    project: Path, whole: tuple[dict[int, float], str]
+) -> None:
+    process = start(project, ["train", "tiny.yaml", *RANKS])
+    run_dir = wait_for_step(process, project, 5)
+    process.send_signal(signal.SIGINT)
+    code, output = finish(process)
+    assert code == 0, output
+    state = run_dir.read_state()
+    assert state is not None and state[0] == "stopped" and 5 <= state[1] < 24
+    assert f"stopped after step {state[1]}" in output
+    done = haloformer(
+        project,
+        [
+            *("train", "tiny.yaml", "parallel.context=1", "parallel.zero_stage=3"),
+            *("--ranks", "1", "--resume", run_dir.path.name),
+        ],
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"from step {state[1]}" in done.stdout
+    resumed = losses(run_dir)
+    assert resumed.keys() == whole[0].keys()
+    for step, loss in whole[0].items():
+        assert resumed[step] == pytest.approx(loss, rel=1e-6), step
+
+
+def test_a_changed_recipe_is_not_continued(
+    project: Path, whole: tuple[dict[int, float], str]
+) -> None:
+    done = haloformer(
+        project, ["train", "tiny.yaml", "seed=4", "steps=30", *RANKS, "--resume", "latest"]
+    )
+    assert done.returncode == 2
+    assert "seed was 3, is 4" in done.stderr
+    assert "steps" not in done.stderr.split("changed: ")[1].split(";")[0]

@@ -1,0 +1,133 @@
+"""Helpers for tests that run the real command line on a small real data set."""
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from haloformer.launcher.run_dir import RunDir
+
+LIMIT_S = 150.0
+
+TINY = {
+    "name": "tiny",
+    "seed": 3,
+    "steps": 24,
+    "model": {
+        "hidden_size": 32,
+        "num_layers": 2,
+        "num_heads": 2,
+        "ffn_size": 64,
+        "max_positions": 128,
+        "attention_window": 16,
+        "dilation": [1, 2],
+        "hidden_dropout": 0.1,
+        "attention_dropout": 0.1,
+    },
+    "data": {"train": "data/train", "eval": "data/eval", "seq_len": 128},
+    "batch": {"global_batch": 4, "micro_batch": 1},
+    "optim": {"learning_rate": 0.003, "warmup_steps": 4, "schedule": "polynomial"},
+    "parallel": {"context": 2, "zero_stage": 1},
+    "checkpoint": {"every": 8},
+    "eval": {"batches": 2},
+}
+
+
+def write_project(folder: Path) -> None:
+    """A recipe and a prepared data set of a few dozen small documents."""
+    (folder / "tiny.yaml").write_text(yaml.safe_dump(TINY))
+    texts = folder / "texts"
+    texts.mkdir()
+    for number in range(40):
+        words = [f"word{(number * 7 + i * i) % 23} of line {i}" for i in range(20 + number)]
+        (texts / f"{number:02}.txt").write_text(f"Document {number}.\n" + "\n".join(words))
+    done = haloformer(
+        folder,
+        [
+            *("prepare", "--input", "texts", "--format", "text", "--tokenizer", "byte"),
+            *("--output", "data"),
+        ],
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def command(arguments: Sequence[str]) -> list[str]:
+    return [sys.executable, "-m", "haloformer.launcher.cli", *arguments]
+
+
+def haloformer(folder: Path, arguments: Sequence[str]) -> subprocess.CompletedProcess[str]:
+    """Run a command to its end."""
+    return subprocess.run(
+        command(arguments), cwd=folder, env=_environment(), capture_output=True, text=True,
+        timeout=LIMIT_S,
+    )  # fmt: skip
+
+
+def start(folder: Path, arguments: Sequence[str]) -> subprocess.Popen[str]:
+    """Start a command and leave it running."""
+    return subprocess.Popen(
+        command(arguments), cwd=folder, env=_environment(), stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+
+
+def finish(process: subprocess.Popen[str]) -> tuple[int, str]:
+    """Wait for a started command; end it if it hangs."""
+    try:
+        output, _ = process.communicate(timeout=LIMIT_S)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.communicate()
+        raise
+    return process.returncode, output
+
+
+def newest_run(folder: Path) -> RunDir:
+    """The run that was started last."""
+    return RunDir(max((folder / "runs").iterdir(), key=lambda path: path.stat().st_mtime_ns))
+
+
+def wait_for_step(process: subprocess.Popen[str], folder: Path, step: int) -> RunDir:
+    """Wait until a running command has recorded a step of training."""
+    return wait_for(process, lambda: _reached(folder, step))
+
+
+def wait_for(process: subprocess.Popen[str], probe: Callable[[], Any]) -> Any:
+    """Poll until ``probe`` returns something; fails when the command ends or time is up."""
+    deadline = time.monotonic() + LIMIT_S
+    while time.monotonic() < deadline:
+        found = probe()
+        if found is not None:
+            return found
+        if process.poll() is not None:
+            raise AssertionError(f"ended early with {process.returncode}: {finish(process)[1]}")
+        time.sleep(0.01)  # a poll interval; nothing depends on its length
+    process.kill()
+    raise AssertionError(f"still waiting after {LIMIT_S} s: {finish(process)[1]}")
+
+
+def losses(run_dir: RunDir) -> dict[int, float]:
+    """Training loss by step."""
+    return {r["step"]: r["loss"] for r in run_dir.read_metrics() if "loss" in r}
+
+
+def held_out(run_dir: RunDir) -> dict[int, float]:
+    """Held-out loss by step."""
+    return {r["step"]: r["eval_loss"] for r in run_dir.read_metrics() if "eval_loss" in r}
+
+
+def _reached(folder: Path, step: int) -> RunDir | None:
+    if not (folder / "runs").is_dir() or not any((folder / "runs").iterdir()):
+        return None
+    run_dir = newest_run(folder)
+    return run_dir if max(losses(run_dir), default=0) >= step else None
+
+
+def _environment() -> dict[str, str]:
+    inherited = {k: v for k, v in os.environ.items() if k != "MLFLOW_TRACKING_URI"}
+    return {**inherited, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "default"}
