@@ -127,6 +127,11 @@ def save_fragments(engine: Engine, topology: Topology, folder: Path) -> None:
     dcp_save(state, storage_writer=writer)
 
 
+def files_of_rank(folder: Path, rank: int) -> list[Path]:
+    """What ``save_fragments`` wrote on one rank; nothing if ZeRO gave that rank no element."""
+    return sorted(folder.glob(f"shard-{rank + 1:05d}-*.safetensors"))
+
+
 def load_fragments(engine: Engine, topology: Topology, folder: Path, step: int) -> None:
     """Read the slices this layout needs, whatever layout wrote them. Collective over all ranks.
 
