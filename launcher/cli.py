@@ -23,7 +23,10 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"haloformer {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for module in (prepare_cli, train_command, checkpoints_command, doctor):
+    prepare = commands.add_parser("prepare", help="turn text into tar shards of tokens")
+    prepare_cli.add_arguments(prepare)
+    prepare.set_defaults(run_command=prepare_cli.run)
+    for module in (train_command, checkpoints_command, doctor):
         module.add_command(commands)
     return parser
 
@@ -36,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     arguments = build_parser().parse_args(argv)
     try:
-        code: int = arguments.run(arguments)
+        code: int = arguments.run_command(arguments)
     except ValueError as error:
         print(f"haloformer: error: {error}", file=sys.stderr)
         return 2

@@ -42,7 +42,7 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         "--resume", metavar="RUN_ID|latest", help="continue from the newest good checkpoint"
     )
     parser.add_argument("--master-port", type=int, help="port of rank 0 (default: a free one)")
-    parser.set_defaults(run=run)
+    parser.set_defaults(run_command=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -58,7 +58,12 @@ def run(arguments: argparse.Namespace) -> int:
         tracking.tracking_uri(config.tracking, os.environ.get("MLFLOW_TRACKING_URI"))
     )
     experiment = tracking.experiment_of(client, config.tracking)
-    check_disk(experiment.artifact_location, RUNS, num_parameters(config.model, vocab_size))
+    check_disk(
+        experiment.artifact_location,
+        RUNS,
+        num_parameters(config.model, vocab_size),
+        config.checkpoint.keep_last,
+    )
     if arguments.resume is None:
         run_id, step = tracking.create_run(client, experiment, config).info.run_id, None
     else:

@@ -165,7 +165,7 @@ class Trainer:
 
     def _bits_per_char(self, loss: float) -> float:
         """Nats per token -> bits per byte of source text."""
-        return loss / math.log(2.0) / self.train.bytes_per_token
+        return loss / math.log(2.0) / self.train.index.bytes_per_token
 
     def _record(self, step: int, values: dict[str, float]) -> None:
         if self.tracker is None or self.progress is None:
@@ -189,7 +189,7 @@ class Trainer:
         cursors: dict[str, Any] = {}
         for part in gather_json(mine, self.topology.data_context_group, self.topology.device):
             cursors.update(part)
-        return {"seed": self.config.seed, "data": cursors}
+        return {"identity": self.train.identity(), "data": cursors}
 
     def _end(self, state: str, step: int) -> str:
         if self.tracker is not None:

@@ -65,13 +65,14 @@ def run(run_dir: RunDir, stop: StopRequest) -> None:
     first = topology.rank == 0
     train, held_out = open_streams(config, topology)
     torch.manual_seed(config.seed)  # the same weights on every rank and every layout
-    model = LongformerForMaskedLM(config.model, train.vocab_size, topology.tensor_group)
+    model = LongformerForMaskedLM(config.model, train.index.vocab_size, topology.tensor_group)
     engine = build_engine(model, config, topology)
     client = connect(plan.tracking_uri)
     store = CheckpointStore(client, plan.run_id, config, run_dir.staging)
     step = 0
     if plan.resume_step is not None:
         state = store.load(engine, topology, plan.resume_step)
+        check_identity(state["identity"], train)
         train.load_state(state["data"])
         step = plan.resume_step
         if first:
@@ -87,7 +88,7 @@ def run(run_dir: RunDir, stop: StopRequest) -> None:
         tracker=Tracker(client, plan.run_id) if first else None,
         progress=StepProgress(config.steps, step, every=10) if first else None,
         stop=stop,
-        speed=_speed(config, train.vocab_size, topology),
+        speed=_speed(config, train.index.vocab_size, topology),
     )
     with trainer.progress or contextlib.nullcontext():
         trainer.run(step)
@@ -99,7 +100,7 @@ def open_streams(config: TrainConfig, topology: Topology) -> tuple[TrainStream, 
     """The training and held-out streams of this rank's data-parallel share."""
     layout = topology.layout
     train = TrainStream(
-        config.data.train,
+        Path(config.data.train),
         config.data,
         seed=config.seed,
         global_batch=config.batch.global_batch,
@@ -108,16 +109,31 @@ def open_streams(config: TrainConfig, topology: Topology) -> tuple[TrainStream, 
         pad_multiple=layout.context,
     )
     held_out = EvalStream(
-        config.data.eval,
+        Path(config.data.eval),
         config.data,
-        seed=config.seed,
         global_batch=config.batch.global_batch,
         data_rank=topology.data_rank,
         data_world=layout.data,
         pad_multiple=layout.context,
-        batches=config.eval.batches,
+        num_batches=config.eval.batches,
+        tokenizer_sha256=train.index.tokenizer_sha256,
     )
     return train, held_out
+
+
+def check_identity(saved: dict[str, str | int], train: TrainStream) -> None:
+    """Refuse to continue on data or a batch other than the checkpoint's.
+
+    Raises:
+        ValueError: Naming what differs.
+    """
+    now = train.identity()
+    changed = [key for key in now if saved.get(key) != now[key]]
+    if changed:
+        raise ValueError(
+            f"{train.index.folder}: {', '.join(changed)} changed since the checkpoint; resume "
+            "with the data and the batch of the run, or start a new run without --resume"
+        )
 
 
 def _speed(config: TrainConfig, vocab_size: int, topology: Topology) -> Speed:

@@ -1,0 +1,120 @@
+"""Whatever is wrong with the input: one line that names it and the remedy, exit code 2, no rank."""
+
+import shutil
+import socket
+from pathlib import Path
+
+import pytest
+import yaml
+
+from haloformer.launcher.cli import main
+from launcher_runs import TINY, haloformer, write_project
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("prepared")
+    write_project(folder)
+    return folder
+
+
+@pytest.fixture
+def project(prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy to break things in, as the current folder."""
+    folder = tmp_path / "project"
+    shutil.copytree(prepared, folder)
+    monkeypatch.chdir(folder)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    return folder
+
+
+@pytest.fixture
+def refused(capsys: pytest.CaptureFixture[str]):
+    """Run a command that must be refused; its one line of error."""
+
+    def run(*arguments: str) -> str:
+        assert main(arguments) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("haloformer: error: ")
+        assert error.count("\n") == 1, error
+        return error
+
+    return run
+
+
+def recipe_without(project: Path, section: str, key: str) -> None:
+    raw = yaml.safe_load(yaml.safe_dump(TINY))
+    del raw[section][key]
+    (project / "tiny.yaml").write_text(yaml.safe_dump(raw))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "named"),
+    [
+        (["setps=3"], "setps: unknown key (steps?)"),
+        (["model.attention_window=15"], "attention_window 15 is odd"),
+        (["model.num_heads=5"], "num_heads 5 does not divide hidden_size 32"),
+        (["parallel.context=200"], "parallel.context 200 is more than data.seq_len 128"),
+        (["batch.global_batch=3", "batch.micro_batch=2"], "batch.global_batch 3 is not a multiple"),
+        (["data.train=nowhere"], "nowhere"),
+        (["tracking.uri=sqlite:////proc/none/db"], "does not answer"),
+    ],
+)
+def test_a_fault_of_the_recipe_is_named(project: Path, refused, overrides, named: str) -> None:
+    ranks = "200" if "parallel.context=200" in overrides else "2"
+    assert named in refused("train", "tiny.yaml", *overrides, "--ranks", ranks)
+    assert not (project / "runs").exists()
+
+
+def test_a_missing_key_is_named(project: Path, refused) -> None:
+    recipe_without(project, "model", "hidden_size")
+    assert "model.hidden_size: missing key" in refused("train", "tiny.yaml")
+
+
+def test_a_taken_port_is_named(project: Path, refused) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = str(server.getsockname()[1])
+        error = refused("train", "tiny.yaml", "--master-port", port)
+    assert f"--master-port {port}: Address already in use" in error
+
+
+def test_checkpoints_that_do_not_fit_the_disk_are_refused_before_training(
+    project: Path, refused
+) -> None:
+    sizes = ["model.hidden_size=65536", "model.ffn_size=262144", "model.num_layers=96"]
+    error = refused("train", "tiny.yaml", *sizes)
+    assert "free" in error and "GiB" in error
+    assert not (project / "runs").exists()
+
+
+def test_nothing_to_resume_is_said(project: Path, refused) -> None:
+    assert "no committed checkpoint" in refused("train", "tiny.yaml", "--resume", "latest")
+    assert "not found" in refused("train", "tiny.yaml", "--resume", "0123456789abcdef")
+    assert "no run" in refused("checkpoints", "latest")
+
+
+def test_shards_of_another_tokenizer_are_refused(project: Path, refused) -> None:
+    done = haloformer(
+        project,
+        ["prepare", "--input", "texts", "--format", "text", "--tokenizer", "train:300"]
+        + ["--output", "other"],
+    )
+    assert done.returncode == 0, done.stderr
+    assert "tokenizer" in refused("train", "tiny.yaml", "data.eval=other/eval")
+
+
+def test_an_empty_input_is_refused(project: Path, refused) -> None:
+    (project / "empty.txt").touch()
+    arguments = ["--format", "text", "--tokenizer", "byte", "--output", "empty"]
+    assert "empty.txt" in refused("prepare", "--input", "empty.txt", *arguments)
+    assert not (project / "empty" / "train" / "index.json").exists()
+
+
+def test_a_tar_cut_in_the_middle_is_refused_by_name(project: Path) -> None:
+    shard = next((project / "data" / "train").glob("*.tar"))
+    with shard.open("r+b") as file:
+        file.truncate(shard.stat().st_size // 2)
+    done = haloformer(project, ["train", "tiny.yaml", "--ranks", "2"])
+    assert done.returncode == 2, done.stdout + done.stderr
+    errors = [line for line in (done.stdout + done.stderr).splitlines() if "error:" in line]
+    assert any(shard.name in line for line in errors), errors
