@@ -44,8 +44,8 @@ def connect(uri: str) -> MlflowClient:
     # At first use MLflow narrates how it creates its tables.
     for name in ("mlflow.store.db.utils", "alembic"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    client = MlflowClient(tracking_uri=uri)
     try:
+        client = MlflowClient(tracking_uri=uri)
         client.search_experiments(max_results=1)
     except (MlflowException, OSError) as error:
         reason = " ".join(str(error).split())[:200]

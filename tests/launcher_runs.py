@@ -130,4 +130,4 @@ def _reached(folder: Path, step: int) -> RunDir | None:
 
 def _environment() -> dict[str, str]:
     inherited = {k: v for k, v in os.environ.items() if k != "MLFLOW_TRACKING_URI"}
-    return {**inherited, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "default"}
+    return {**inherited, "OMP_NUM_THREADS": "1"}
