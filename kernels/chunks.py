@@ -70,7 +70,7 @@ class _WindowAttention(torch.autograd.Function):
         band: Band,
     ) -> tuple[Tensor, Tensor]:
         inputs = (query, key, value, global_key, global_value)
-        out, lse = _forward(*(_computed(x) for x in inputs), band)
+        out, lse = _forward(band, *(_computed(x) for x in inputs))
         out = out.to(query.dtype)
         ctx.band = band
         ctx.save_for_backward(*inputs, out, lse)
@@ -84,7 +84,7 @@ class _WindowAttention(torch.autograd.Function):
         # sum_j P_ij dP_ij = dO_i . O_i, with dropout as well.
         delta = (_computed(grad_out) * out).sum(-1, keepdim=True)
         upcast = [_computed(x) for x in inputs]
-        grads = _backward(_computed(grad_out), *upcast, lse[..., None], delta, ctx.band)
+        grads = _backward(ctx.band, _computed(grad_out), lse[..., None], delta, *upcast)
         return (*(g.to(x.dtype) for g, x in zip(grads, inputs, strict=True)), None)
 
 
@@ -108,12 +108,12 @@ class _Scratch:
 
 
 def _forward(
+    band: Band,
     query: Tensor,
     key: Tensor,
     value: Tensor,
     global_key: Tensor,
     global_value: Tensor,
-    band: Band,
 ) -> tuple[Tensor, Tensor]:
     """Output, and log-sum-exp to base 2."""
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
@@ -144,15 +144,15 @@ def _forward(
 
 
 def _backward(
+    band: Band,
     grad_out: Tensor,
+    lse: Tensor,
+    delta: Tensor,
     query: Tensor,
     key: Tensor,
     value: Tensor,
     global_key: Tensor,
     global_value: Tensor,
-    lse: Tensor,
-    delta: Tensor,
-    band: Band,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of the five inputs; lse (base 2) and delta are [B, n, H, 1]."""
     grad_query = torch.empty(query.shape, dtype=query.dtype, device=query.device)

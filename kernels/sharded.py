@@ -1,0 +1,230 @@
+"""A Longformer attention layer on a sequence that is spread over ranks.
+
+::
+
+    N=8, 2 ranks, left=right=1, token 0 global (g)
+                   rank 0: g 1 2 3                    rank 1: 4 5 6 7
+    halo           fetches 4                          fetches 3
+    global keys    row g of K and V on both ranks
+    band           rows 0-3 over g 1 2 3 4            rows 4-7 over g 3 4 5 6 7
+    global row     part over keys 0-3       merge     part over keys 4-7
+                   row 0 is overwritten
+
+One rank alone takes the same path.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from haloformer.kernels.band import Band
+from haloformer.kernels.checks import check_projections, check_shape
+from haloformer.kernels.dispatch import WindowAttention, choose_backend
+from haloformer.kernels.dropout import AttentionDropout
+from haloformer.kernels.global_tokens import (
+    GlobalAttention,
+    attend_globally,
+    gather_rows_of,
+    scatter_rows,
+)
+from haloformer.kernels.halo import halo_exchange
+from haloformer.kernels.ranks import CommCounter
+from haloformer.kernels.shard import SequenceShard
+from haloformer.kernels.spec import WindowSpec
+
+__all__ = [
+    "AttentionDropoutSites",
+    "CommCounter",
+    "DropoutSite",
+    "SequenceShard",
+    "sharded_attention",
+]
+
+
+@dataclass(frozen=True)
+class DropoutSite:
+    """Dropout of one softmax of a layer.
+
+    Attributes:
+        rate: Probability of dropping, in [0, 1).
+        key: Key of the site, from :func:`haloformer.kernels.dropout.fold_key`.
+    """
+
+    rate: float
+    key: int
+
+
+@dataclass(frozen=True)
+class AttentionDropoutSites:
+    """Dropout of a layer's two softmaxes.
+
+    Attributes:
+        band: That of the windowed rows.
+        global_rows: That of the global rows.
+    """
+
+    band: DropoutSite
+    global_rows: DropoutSite
+
+
+def sharded_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    global_query: Tensor,
+    global_key: Tensor,
+    global_value: Tensor,
+    spec: WindowSpec,
+    shard: SequenceShard,
+    *,
+    dropout: AttentionDropoutSites | None = None,
+    first_head: int = 0,
+    backend: str = "auto",
+    counter: CommCounter | None = None,
+) -> Tensor:
+    """Attend over the whole sequence from this rank's rows.
+
+    Equal to :func:`haloformer.kernels.reference.longformer_attention` for any number of ranks,
+    values and gradients; gradients of ``global_query`` are this rank's share, to be summed over
+    the ranks like those of any weight.
+
+    Args:
+        query: [B, n, H, D] local projections of this rank's rows.
+        key: [B, n, H, D].
+        value: [B, n, H, D].
+        global_query: [B, G, H, D] global projection of the rows that ``gather_global_rows`` gives.
+        global_key: [B, n, H, D] global projections of this rank's rows.
+        global_value: [B, n, H, D].
+        spec: Window of each of the H heads.
+        shard: The sequence and this rank's part of it.
+        dropout: Dropout sites, or None for no dropout.
+        first_head: Number, in the whole layer, of head 0 here: under tensor parallelism the heads
+            are spread over ranks, and each drops what it would drop alone.
+        backend: "auto", "chunks", "triton" or "loop".
+        counter: Counts what this rank sends.
+
+    Returns:
+        [B, n, H, D]; rows of padding are zero.
+
+    Raises:
+        ValueError: If shapes or dtypes disagree or the backend cannot run; on all ranks alike,
+            before any communication.
+    """
+    _check(query, key, value, global_query, global_key, global_value, spec, shard)
+    attend = choose_backend(backend, query, key, Band(spec, 0, (0, shard.num_rows)))
+    heads = range(first_head, first_head + spec.num_heads)
+    far_key, far_value = gather_rows_of([key, value], shard, counter)
+    pieces = [
+        _band(
+            (query, key, value, far_key, far_value),
+            group,
+            spec.select(group),
+            shard,
+            _dropout(dropout.band if dropout else None, shard, [heads[h] for h in group]),
+            attend,
+            counter,
+        )
+        for group in spec.groups_by_reach()
+    ]
+    band_rows = _join_heads(pieces, spec)
+    attention = GlobalAttention(
+        shard, _dropout(dropout.global_rows if dropout else None, shard, heads), counter
+    )
+    global_rows = attend_globally(global_query, global_key, global_value, attention)
+    return scatter_rows(band_rows, global_rows, shard)
+
+
+def _check(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    global_query: Tensor,
+    global_key: Tensor,
+    global_value: Tensor,
+    spec: WindowSpec,
+    shard: SequenceShard,
+) -> None:
+    n = shard.num_rows
+    check_projections(
+        spec,
+        query,
+        {
+            "query": (query, n),
+            "key": (key, n),
+            "value": (value, n),
+            "global_query": (global_query, shard.num_globals),
+            "global_key": (global_key, n),
+            "global_value": (global_value, n),
+        },
+    )
+    check_shape("shard.sample_ids", shard.sample_ids, (query.shape[0],))
+
+
+def _dropout(
+    site: DropoutSite | None, shard: SequenceShard, heads: Sequence[int]
+) -> AttentionDropout | None:
+    if site is None or site.rate == 0.0:
+        return None
+    return AttentionDropout(
+        site.rate,
+        site.key,
+        shard.sample_ids,
+        first_row=shard.first_row,
+        global_columns=shard.global_positions,
+        heads=tuple(heads),
+    )
+
+
+def _band(
+    tensors: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],
+    group: tuple[int, ...],
+    spec: WindowSpec,
+    shard: SequenceShard,
+    dropout: AttentionDropout | None,
+    attend: WindowAttention,
+    counter: CommCounter | None,
+) -> Tensor:
+    """[B, n, h, D]: windowed rows of heads that share one reach, with a halo just that wide."""
+    query, key, value, far_key, far_value = (_take_heads(x, group) for x in tensors)
+    left, right = spec.reach_left, spec.reach_right
+    key, value = halo_exchange((key, value), left, right, shard.ranks, counter)
+    attended = shard.attention_mask & ~shard.is_global
+    segments = shard.segment_ids
+    band = Band(
+        spec,
+        offset=left,
+        valid=(
+            max(0, left - shard.first_row),
+            min(key.shape[1], left + shard.length - shard.first_row),
+        ),
+        key_mask=shard.with_halo(attended, left, right),
+        query_segments=None if segments is None else shard.local(segments),
+        key_segments=None if segments is None else shard.with_halo(segments, left, right),
+        global_mask=shard.global_mask,
+        global_segments=shard.global_segments,
+        dropout=dropout,
+    )
+    return attend(query, key, value, far_key, far_value, band)[0]
+
+
+def _take_heads(x: Tensor, heads: tuple[int, ...]) -> Tensor:
+    """Some heads of [B, N, H, D]; a view where they are neighbours."""
+    if heads == tuple(range(heads[0], heads[-1] + 1)):
+        return x[:, :, heads[0] : heads[-1] + 1]
+    return x.index_select(2, torch.tensor(heads, device=x.device))
+
+
+def _join_heads(pieces: list[Tensor], spec: WindowSpec) -> Tensor:
+    """Put the groups' heads back in their order: [B, n, H, D]."""
+    if len(pieces) == 1:
+        return pieces[0]
+    order = [head for group in spec.groups_by_reach() for head in group]
+    joined = torch.cat(pieces, dim=2)
+    if order == sorted(order):
+        return joined
+    places = [order.index(head) for head in range(len(order))]
+    return joined.index_select(2, torch.tensor(places, device=joined.device))
