@@ -1,0 +1,236 @@
+"""The index of a data set: ``index.json`` and one binary offset table per shard.
+
+    train/
+      index.json            written last: a folder without it is not a data set
+      shard-000000.tar      WebDataset: 000000000000.json, 000000000000.npy, 000000000001.json ...
+      shard-000000.offsets  one RECORD per sample: where its tokens lie in the tar
+      tokenizer/            what made the tokens
+
+index.json holds a hash of itself and of every other file; the table holds a crc32 per sample. So
+whatever is read can be checked, down to one document.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from haloformer.data_pipeline.errors import DataError
+from haloformer.data_pipeline.files import write_atomic
+from haloformer.data_pipeline.tokenizers import Tokenizer, load_tokenizer
+
+FORMAT = "haloformer-shards"
+VERSION = 1
+INDEX_NAME = "index.json"
+TOKENIZER_FOLDER = "tokenizer"
+RECORD = np.dtype(
+    [("offset", "<u8"), ("num_tokens", "<u4"), ("num_bytes", "<u4"), ("crc32", "<u4")]
+)
+_SHARD_NAME = re.compile(r"shard-[0-9]{6,9}\.tar")
+_HASH = re.compile(r"[0-9a-f]{64}")
+_DTYPES = ("<u2", "<i4")
+_REMEDY = "restore it from a copy or prepare the data again"
+
+
+@dataclass(frozen=True, slots=True)
+class ShardInfo:
+    """One tar file."""
+
+    name: str
+    size: int
+    sha256: str
+    table_sha256: str
+    num_samples: int
+    num_tokens: int
+    num_bytes: int  # of the source text, UTF-8
+    num_characters: int
+
+    @property
+    def table_name(self) -> str:
+        """File name of its offset table."""
+        return self.name.removesuffix(".tar") + ".offsets"
+
+
+@dataclass(frozen=True)
+class ShardIndex:
+    """All that is known about a data set without opening a shard."""
+
+    folder: Path
+    shards: tuple[ShardInfo, ...]
+    dtype: str  # numpy name of the stored tokens
+    tokenizer_kind: str
+    tokenizer_sha256: str
+    vocab_size: int
+    sha256: str  # names the content: two data sets with the same hash are the same
+
+    @property
+    def num_samples(self) -> int:
+        """Documents."""
+        return sum(shard.num_samples for shard in self.shards)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of all documents."""
+        return sum(shard.num_tokens for shard in self.shards)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the source text (UTF-8)."""
+        return sum(shard.num_bytes for shard in self.shards)
+
+    @property
+    def bytes_per_token(self) -> float:
+        """Bits per byte = nats per token / ln 2 / bytes_per_token."""
+        return self.num_bytes / self.num_tokens
+
+    @property
+    def characters_per_token(self) -> float:
+        """Bits per character = nats per token / ln 2 / characters_per_token."""
+        return sum(shard.num_characters for shard in self.shards) / self.num_tokens
+
+    def load_tokenizer(self) -> Tokenizer:
+        """Load the tokenizer that made these tokens.
+
+        Raises:
+            DataError: If the folder holds another one.
+        """
+        folder = self.folder / TOKENIZER_FOLDER
+        tokenizer = load_tokenizer(folder)
+        self.check_tokenizer(tokenizer.sha256, folder)
+        return tokenizer
+
+    def check_tokenizer(self, sha256: str, origin: Path | str) -> None:
+        """Refuse a tokenizer that did not make these tokens.
+
+        Args:
+            sha256: Its hash.
+            origin: Where it comes from, for the message.
+
+        Raises:
+            DataError: If it is another one.
+        """
+        if sha256 != self.tokenizer_sha256:
+            raise DataError(
+                f"tokenizer {sha256[:12]} did not make the tokens of {self.folder} "
+                f"(those are from {self.tokenizer_kind} {self.tokenizer_sha256[:12]})",
+                file=origin,
+                remedy="prepare the data with this tokenizer, or use the data's own",
+            )
+
+
+def save_index(
+    folder: Path, shards: list[ShardInfo], dtype: str, tokenizer: Tokenizer
+) -> ShardIndex:
+    """Write ``index.json``, which makes the folder a data set."""
+    content: dict[str, Any] = {
+        "format": FORMAT,
+        "version": VERSION,
+        "dtype": dtype,
+        "tokenizer": {
+            "kind": tokenizer.kind,
+            "sha256": tokenizer.sha256,
+            "vocab_size": tokenizer.vocab_size,
+        },
+        "shards": [asdict(shard) for shard in shards],
+    }
+    content["sha256"] = _own_hash(content)
+    write_atomic(folder / INDEX_NAME, (json.dumps(content, indent=1) + "\n").encode())
+    return load_index(folder)
+
+
+def _own_hash(content: dict[str, Any]) -> str:
+    rest = {key: value for key, value in content.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
+def load_index(folder: Path) -> ShardIndex:
+    """Read and check ``index.json``.
+
+    Raises:
+        DataError: If there is none, it is of another version, or it was damaged.
+    """
+    path = folder / INDEX_NAME
+    try:
+        content = json.loads(path.read_bytes())
+    except (FileNotFoundError, NotADirectoryError) as fault:
+        raise DataError(
+            f"holds no {INDEX_NAME}, so it is not a data set",
+            file=folder,
+            remedy="make one with `haloformer prepare`, and name its train or eval folder",
+        ) from fault
+    except (ValueError, RecursionError) as fault:
+        raise DataError(f"not JSON ({fault})", file=path, remedy=_REMEDY) from fault
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise DataError(f"not a {FORMAT} index", file=path, remedy=_REMEDY)
+    if content.get("version") != VERSION:
+        raise DataError(
+            f"format version {content.get('version')!r}, this program reads {VERSION}",
+            file=path,
+            remedy="prepare the data again",
+        )
+    if content.get("sha256") != _own_hash(content):
+        raise DataError("its content does not match its own hash", file=path, remedy=_REMEDY)
+    try:
+        return _parse(folder, content)
+    except (KeyError, TypeError, AttributeError, ValueError) as fault:
+        raise DataError(f"malformed ({fault!r})", file=path, remedy=_REMEDY) from fault
+
+
+def _parse(folder: Path, content: dict[str, Any]) -> ShardIndex:
+    tokenizer = content["tokenizer"]
+    shards = tuple(ShardInfo(**entry) for entry in content["shards"])
+    for shard in shards:
+        # The name becomes a path, so it must not lead out of the folder.
+        if not isinstance(shard.name, str) or not _SHARD_NAME.fullmatch(shard.name):
+            raise ValueError(f"shard name {shard.name!r}")
+        for field in fields(shard):
+            value = getattr(shard, field.name)
+            if "sha256" in field.name and not _HASH.fullmatch(value):
+                raise ValueError(f"{shard.name}: {field.name} {value!r}")
+            if field.name.startswith(("num_", "size")) and (type(value) is not int or value < 0):
+                raise ValueError(f"{shard.name}: {field.name} {value!r}")
+    if len({shard.name for shard in shards}) != len(shards):
+        raise ValueError("a shard is named twice")
+    if sum(shard.num_tokens for shard in shards) == 0:
+        raise ValueError("there is no token in it")
+    if content["dtype"] not in _DTYPES:
+        raise ValueError(f"dtype {content['dtype']!r}")
+    return ShardIndex(
+        folder=folder,
+        shards=shards,
+        dtype=content["dtype"],
+        tokenizer_kind=str(tokenizer["kind"]),
+        tokenizer_sha256=str(tokenizer["sha256"]),
+        vocab_size=int(tokenizer["vocab_size"]),
+        sha256=content["sha256"],
+    )
+
+
+def load_table(index: ShardIndex, shard: int) -> NDArray[np.void]:
+    """Read the offset table of one shard: RECORD [num_samples], read-only.
+
+    Raises:
+        DataError: If it is missing or not the one that was written.
+    """
+    info = index.shards[shard]
+    path = index.folder / info.table_name
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError as fault:
+        raise DataError("the offset table is missing", file=path, remedy=_REMEDY) from fault
+    if hashlib.sha256(content).hexdigest() != info.table_sha256:
+        raise DataError("the offset table is damaged (wrong sha256)", file=path, remedy=_REMEDY)
+    if len(content) != info.num_samples * RECORD.itemsize:
+        raise DataError(f"the offset table has not {info.num_samples} records", file=path)
+    table = np.frombuffer(content, RECORD)
+    lengths = table["num_tokens"]
+    if int(lengths.sum(dtype=np.int64)) != info.num_tokens or (len(table) and not lengths.all()):
+        raise DataError(f"the offset table does not sum to {info.num_tokens} tokens", file=path)
+    return table

@@ -1,0 +1,182 @@
+"""Reads token ranges of documents by seeking; whatever is read has been checked.
+
+The first touch of a document compares its crc32 with the offset table, whose sha256 stands in the
+index. Memory is bounded: open files, tables, checked documents and cached tokens are all limited.
+"""
+
+from __future__ import annotations
+
+import os
+import zlib
+from collections import OrderedDict
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from haloformer.data_pipeline.errors import CorruptSampleError, DataError
+from haloformer.data_pipeline.files import sha256_file
+from haloformer.data_pipeline.index import ShardIndex, load_index, load_table
+
+_REMEDY = "restore it from a copy, prepare the data again, or set data.on_corrupt=skip"
+_MAX_FILES = 32
+_MAX_TABLES = 256
+_MAX_CHECKED = 1 << 16  # documents remembered as sound
+_MAX_CACHED_BYTES = 16 << 20  # tokens of short documents that were just checked
+_CHUNK = 1 << 20  # longer documents are checked in chunks and not cached
+
+
+class ShardReader:
+    """Random access to the documents of a data set.
+
+    Args:
+        index: From ``load_index``.
+        on_corrupt: ``stop`` also checks the size of every shard now; with ``skip`` a damaged
+            sample raises ``CorruptSampleError`` when it is touched, for the caller to count.
+
+    Raises:
+        DataError: If a shard is missing or has another size (``stop``).
+    """
+
+    def __init__(self, index: ShardIndex, on_corrupt: str = "stop") -> None:
+        self.index = index
+        self._dtype = np.dtype(index.dtype)
+        self._files: OrderedDict[int, int] = OrderedDict()
+        self._tables: OrderedDict[int, NDArray[np.void]] = OrderedDict()
+        self._checked: OrderedDict[tuple[int, int], None] = OrderedDict()
+        self._cache: OrderedDict[tuple[int, int], NDArray[np.generic]] = OrderedDict()
+        self._cached_bytes = 0
+        if on_corrupt == "stop":
+            for shard in index.shards:
+                _check_size(index.folder / shard.name, shard.size)
+
+    def close(self) -> None:
+        """Close the open tars."""
+        while self._files:
+            os.close(self._files.popitem()[1])
+
+    def lengths(self, shard: int) -> NDArray[np.int64]:
+        """Token counts of a shard's documents, int64 [num_samples]."""
+        return self._table(shard)["num_tokens"].astype(np.int64)
+
+    def check(self, shard: int, sample: int) -> None:
+        """Make sure that a document's tokens are the ones that were written.
+
+        Raises:
+            CorruptSampleError: If the bytes are missing or differ.
+        """
+        key = (shard, sample)
+        if key in self._checked:
+            self._checked.move_to_end(key)
+            return
+        offset, size, crc = self._place(shard, sample)
+        content, actual = b"", 0
+        for start in range(0, size, _CHUNK):
+            content = self._pread(shard, sample, offset + start, min(_CHUNK, size - start))
+            actual = zlib.crc32(content, actual)
+        if actual != crc:
+            raise self._corrupt(shard, sample, "the tokens are damaged (wrong crc32)")
+        self._checked[key] = None
+        if len(self._checked) > _MAX_CHECKED:
+            self._checked.popitem(last=False)
+        if size <= _CHUNK:
+            self._keep(key, np.frombuffer(content, self._dtype))
+
+    def read(self, shard: int, sample: int, start: int, stop: int) -> NDArray[np.generic]:
+        """Tokens start .. stop-1 of a document, in the stored dtype [stop - start].
+
+        Raises:
+            CorruptSampleError: If the document is damaged.
+        """
+        self.check(shard, sample)
+        cached = self._cache.get((shard, sample))
+        if cached is not None:
+            return cached[start:stop]
+        offset, size, _ = self._place(shard, sample)
+        width = self._dtype.itemsize
+        assert 0 <= start < stop <= size // width, (shard, sample, start, stop)
+        content = self._pread(shard, sample, offset + start * width, (stop - start) * width)
+        return np.frombuffer(content, self._dtype)
+
+    def _place(self, shard: int, sample: int) -> tuple[int, int, int]:
+        record = self._table(shard)[sample]
+        size = int(record["num_tokens"]) * self._dtype.itemsize
+        return int(record["offset"]), size, int(record["crc32"])
+
+    def _keep(self, key: tuple[int, int], tokens: NDArray[np.generic]) -> None:
+        if key in self._cache:
+            return
+        self._cache[key] = tokens
+        self._cached_bytes += tokens.nbytes
+        while self._cached_bytes > _MAX_CACHED_BYTES:
+            self._cached_bytes -= self._cache.popitem(last=False)[1].nbytes
+
+    def _pread(self, shard: int, sample: int, offset: int, size: int) -> bytes:
+        try:
+            content = os.pread(self._file(shard), size, offset)
+        except OSError as fault:
+            raise self._corrupt(shard, sample, f"cannot be read ({fault.strerror})") from fault
+        if len(content) != size:
+            raise self._corrupt(shard, sample, "the tar ends before its tokens do")
+        return content
+
+    def _corrupt(self, shard: int, sample: int, what: str) -> CorruptSampleError:
+        path = self.index.folder / self.index.shards[shard].name
+        return CorruptSampleError(what, file=path, sample=sample, remedy=_REMEDY)
+
+    def _file(self, shard: int) -> int:
+        descriptor = self._files.get(shard)
+        if descriptor is None:
+            if len(self._files) >= _MAX_FILES:
+                os.close(self._files.popitem(last=False)[1])
+            descriptor = os.open(self.index.folder / self.index.shards[shard].name, os.O_RDONLY)
+            self._files[shard] = descriptor
+        self._files.move_to_end(shard)
+        return descriptor
+
+    def _table(self, shard: int) -> NDArray[np.void]:
+        table = self._tables.get(shard)
+        if table is None:
+            if len(self._tables) >= _MAX_TABLES:
+                self._tables.popitem(last=False)
+            table = self._tables[shard] = load_table(self.index, shard)
+        self._tables.move_to_end(shard)
+        return table
+
+
+def _check_size(path: Path, size: int) -> None:
+    try:
+        actual = path.stat().st_size
+    except FileNotFoundError as fault:
+        raise DataError("the shard is missing", file=path, remedy=_REMEDY) from fault
+    if actual != size:
+        raise DataError(
+            f"the shard has {actual} bytes, the index says {size}", file=path, remedy=_REMEDY
+        )
+
+
+def verify(folder: Path, progress: Callable[[int, int], None] | None = None) -> ShardIndex:
+    """Check every byte of a data set against the hashes of its index.
+
+    Args:
+        folder: The data set.
+        progress: Called with (bytes done, bytes in all) after each shard.
+
+    Raises:
+        DataError: Naming the first file that differs.
+    """
+    index = load_index(folder)
+    index.load_tokenizer()
+    total, done = sum(shard.size for shard in index.shards), 0
+    for number in range(len(index.shards)):
+        load_table(index, number)
+        info = index.shards[number]
+        path = folder / info.name
+        _check_size(path, info.size)
+        if sha256_file(path) != info.sha256:
+            raise DataError("the shard is damaged (wrong sha256)", file=path, remedy=_REMEDY)
+        done += info.size
+        if progress is not None:
+            progress(done, total)
+    return index

@@ -1,0 +1,198 @@
+"""The writer of a data set: WebDataset tar shards of whole tokenised documents.
+
+webdataset's own ShardWriter makes the tars, so any webdataset reader opens them; beside it we note
+where each sample's tokens lie, for reading by seek:
+
+    tar:  [head json][json..pad][head npy][npy header | TOKENS ..pad][head json] ...
+                                                       ^ offset in the table
+
+The bytes depend on the documents alone: no clock, no user name.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import zlib
+from pathlib import Path
+from types import TracebackType
+from typing import IO
+
+import numpy as np
+from numpy.typing import NDArray
+from webdataset.writer import ShardWriter
+
+from haloformer.data_pipeline.files import fsync_folder, write_atomic
+from haloformer.data_pipeline.index import (
+    RECORD,
+    TOKENIZER_FOLDER,
+    ShardIndex,
+    ShardInfo,
+    save_index,
+)
+from haloformer.data_pipeline.tokenizers import Tokenizer
+
+_BLOCK = 512
+_UNLIMITED = 1 << 62
+
+
+class _HashingFile:
+    """A file under a temporary name that hashes what goes through it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.digest = hashlib.sha256()
+        self.size = 0
+        self._stream: IO[bytes] = path.with_name(path.name + ".tmp").open("wb")
+
+    def write(self, content: bytes) -> int:
+        if self._stream.closed:
+            return len(content)  # abandoned: the tar's last blocks go nowhere
+        self.digest.update(content)
+        self.size += len(content)
+        return self._stream.write(content)
+
+    def finish(self) -> None:
+        self._stream.flush()
+        os.fsync(self._stream.fileno())
+        self._stream.close()
+        Path(self._stream.name).rename(self.path)
+
+    def abandon(self) -> None:
+        self._stream.close()
+
+
+class DatasetWriter:
+    """Writes one data set into an empty folder; ``close`` makes it complete.
+
+    Args:
+        folder: An existing, empty folder.
+        tokenizer: What made the tokens; it is saved beside them.
+        shard_tokens: A shard is closed before it would pass this many tokens.
+    """
+
+    def __init__(self, folder: Path, tokenizer: Tokenizer, shard_tokens: int) -> None:
+        self._folder = folder
+        self._tokenizer = tokenizer
+        self._shard_tokens = shard_tokens
+        self._dtype = np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<i4")
+        self._shards: list[ShardInfo] = []
+        self._records: list[tuple[int, int, int, int]] = []
+        self._held = 0  # tokens and characters of the open shard
+        self._num_characters = 0
+        self.num_samples = 0
+        self.num_tokens = 0
+        self._file: _HashingFile | None = None
+        self._writer: ShardWriter | None = None
+
+    def __enter__(self) -> DatasetWriter:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        fault: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        # Left by an exception: what lies in the folder is not a data set, nothing is finished.
+        if self._file is not None and self._writer is not None:
+            self._file.abandon()
+            self._writer.tarstream.close()
+
+    def add(self, text: str, tokens: NDArray[np.int64], origin: str) -> None:
+        """Append one document.
+
+        Args:
+            text: The source text.
+            tokens: Its ids, int64 [n], n > 0.
+            origin: Where it comes from; kept in the sample's JSON.
+        """
+        assert len(tokens), "an empty document has no place in a shard"
+        if self._writer is None:
+            self._writer = self._open()
+        elif self._held and self._held + len(tokens) > self._shard_tokens:
+            self._writer.next_stream()
+        stored = np.ascontiguousarray(tokens, self._dtype)
+        num_bytes = len(text.encode("utf-8"))
+        meta = {
+            "num_bytes": num_bytes,
+            "num_characters": len(text),
+            "num_tokens": len(tokens),
+            "source": origin,
+        }
+        json_bytes, npy_bytes = json.dumps(meta).encode(), _npy(stored)
+        archive = self._writer.tarstream.tarstream
+        start = archive.offset
+        key = f"{self.num_samples:012d}"
+        self._writer.write({"__key__": key, "json": json_bytes, "npy": npy_bytes})
+        npy_start = start + 2 * _BLOCK + _padded(len(json_bytes))
+        assert archive.offset == npy_start + _padded(len(npy_bytes)), (
+            "webdataset changed its layout"
+        )
+        offset = npy_start + len(npy_bytes) - stored.nbytes
+        self._records.append((offset, len(tokens), num_bytes, zlib.crc32(stored.data)))
+        self._held += len(tokens)
+        self._num_characters += len(text)
+        self.num_samples += 1
+        self.num_tokens += len(tokens)
+
+    def close(self) -> ShardIndex:
+        """Finish the last shard, save the tokenizer, write the index last."""
+        assert self._writer is not None, "a data set without a document"
+        self._writer.close()
+        folder = self._folder / TOKENIZER_FOLDER
+        folder.mkdir()
+        self._tokenizer.save(folder)
+        fsync_folder(self._folder)
+        return save_index(self._folder, self._shards, self._dtype.str, self._tokenizer)
+
+    def _open(self) -> ShardWriter:
+        return ShardWriter(
+            str(self._folder).replace("%", "%%") + "/shard-%06d.tar",
+            maxcount=_UNLIMITED,
+            maxsize=_UNLIMITED,
+            post=self._finish_shard,
+            opener=self._open_shard,
+            verbose=0,
+            encoder=False,
+            mtime=0,
+            user="",
+            group="",
+        )
+
+    def _open_shard(self, name: str) -> _HashingFile:
+        self._file = _HashingFile(Path(name))
+        return self._file
+
+    def _finish_shard(self, name: str) -> None:
+        file = self._file
+        assert file is not None and file.path == Path(name)
+        file.finish()
+        self._file = None
+        table = np.array(self._records, RECORD)
+        info = ShardInfo(
+            name=file.path.name,
+            size=file.size,
+            sha256=file.digest.hexdigest(),
+            table_sha256=hashlib.sha256(table.tobytes()).hexdigest(),
+            num_samples=len(table),
+            num_tokens=int(table["num_tokens"].sum(dtype=np.int64)),
+            num_bytes=int(table["num_bytes"].sum(dtype=np.int64)),
+            num_characters=self._num_characters,
+        )
+        write_atomic(self._folder / info.table_name, table.tobytes())
+        self._shards.append(info)
+        self._records, self._held, self._num_characters = [], 0, 0
+
+
+def _npy(tokens: NDArray[np.generic]) -> bytes:
+    stream = io.BytesIO()
+    np.lib.format.write_array(stream, tokens, version=(1, 0), allow_pickle=False)
+    return stream.getvalue()
+
+
+def _padded(size: int) -> int:
+    """Size of a tar member's data with its padding."""
+    return -(-size // _BLOCK) * _BLOCK
