@@ -92,10 +92,11 @@ class CheckpointStore:
                 with contextlib.suppress(OSError, MlflowException):
                     self.catalog.artifacts.delete(f"{folder_of(step)}/data-{attempt}")
             raise
-        manifest = self._manifest(
-            topology, step, state, [file for part in written for file in part]
-        )
+        files = [file for part in written for file in part]
+        manifest = self._manifest(topology, step, state, files)
         self._together(topology, step, lambda: self._commit(topology, manifest))
+        if topology.rank == 0:
+            self._prune(manifest)
         return manifest
 
     def load(self, engine: Engine, topology: Topology, step: int) -> dict[str, Json]:
