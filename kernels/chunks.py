@@ -74,8 +74,9 @@ class _WindowAttention(torch.autograd.Function):
         out = out.to(query.dtype)
         ctx.band = band
         ctx.save_for_backward(*inputs, out, lse)
-        ctx.mark_non_differentiable(lse)
-        return out, lse * math.log(2.0)
+        natural = lse * math.log(2.0)
+        ctx.mark_non_differentiable(natural)
+        return out, natural
 
     @staticmethod
     @once_differentiable
