@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 PositiveInt = Annotated[int, Field(ge=1)]
 Probability = Annotated[float, Field(ge=0.0, lt=1.0)]
+Recompute = Literal["none", "selective", "full"]
 
 
 class Section(BaseModel):
@@ -33,8 +34,17 @@ class ModelConfig(Section):
     causal: bool = False
     hidden_dropout: Probability = 0.1
     attention_dropout: Probability = 0.1
+    activation_dropout: Probability = 0.0
     layer_norm_eps: Annotated[float, Field(gt=0.0)] = 1e-5
     initializer_range: Annotated[float, Field(gt=0.0)] = 0.02
+    type_vocab_size: PositiveInt = 1
+    padding_position: Annotated[int, Field(ge=0)] = 1
+    recompute: Recompute = "none"
+
+    @property
+    def num_position_rows(self) -> int:
+        """Rows of the position table: those up to the padding's own are used by no token."""
+        return self.max_positions + self.padding_position + 1
 
     @property
     def head_dim(self) -> int:

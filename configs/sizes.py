@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from haloformer.configs.schema import ModelConfig
 
-POSITION_OFFSET = 2  # RoBERTa: the position table starts with two rows that no token uses
-
 
 def num_parameters(config: ModelConfig, vocab_size: int) -> int:
     """Parameters of the Longformer MLM model; the output projection is tied to the embedding.
@@ -17,7 +15,8 @@ def num_parameters(config: ModelConfig, vocab_size: int) -> int:
     size = config.hidden_size
     norm = 2 * size
     square = size * size + size
-    embeddings = (vocab_size + config.max_positions + POSITION_OFFSET + 1) * size + norm
+    rows = vocab_size + config.num_position_rows + config.type_vocab_size
+    embeddings = rows * size + norm
     # query, key, value, their global twins, output.
     attention = 7 * square
     ffn = 2 * size * config.ffn_size + config.ffn_size + size

@@ -86,7 +86,7 @@ class LongformerSelfAttention(nn.Module):
         return output
 
     def _heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (-1, self.head_dim))  # [B, N, H, D]
+        return x.view(*x.shape[:-1], -1, self.head_dim)  # [B, N, H, D]
 
     def _dropout_sites(self, step: DropoutStep | None) -> AttentionDropoutSites | None:
         if step is None or self.dropout == 0.0:

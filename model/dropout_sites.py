@@ -16,6 +16,12 @@ class Site(IntEnum):
     GLOBAL_ATTENTION = 2
     ATTENTION_OUTPUT = 3
     FFN_OUTPUT = 4
+    FFN_INNER = 5
+    SELF_ATTENTION = 6
+    CROSS_ATTENTION = 7
+    CROSS_OUTPUT = 8
+    HEAD_INPUT = 9
+    HEAD_INNER = 10
 
 
 @dataclass(frozen=True)

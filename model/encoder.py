@@ -9,7 +9,6 @@ from torch.distributed import ProcessGroup
 from torch.nn import functional
 
 from haloformer.configs.schema import ModelConfig
-from haloformer.configs.sizes import POSITION_OFFSET
 from haloformer.kernels.dropout import hidden_dropout
 from haloformer.kernels.sharded import SequenceShard
 from haloformer.kernels.spec import WindowSpec
@@ -29,18 +28,25 @@ class Embeddings(nn.Module):
         std, size = config.initializer_range, config.hidden_size
         self.dropout = config.hidden_dropout
         self.word_embeddings = vocab_embedding(vocab_size, size, std, tensor_group)
-        self.position_embeddings = nn.Embedding(config.max_positions + POSITION_OFFSET, size)
-        self.token_type_embeddings = nn.Embedding(1, size)
+        self.padding_position = config.padding_position
+        self.position_embeddings = nn.Embedding(config.num_position_rows, size)
+        self.token_type_embeddings = nn.Embedding(config.type_vocab_size, size)
         for embedding in (self.position_embeddings, self.token_type_embeddings):
             normal_initializer(std)(embedding.weight.data)
         self.norm = nn.LayerNorm(size, eps=config.layer_norm_eps)
 
     def forward(
-        self, input_ids: Int[Tensor, "b n"], shard: SequenceShard, step: DropoutStep | None
+        self,
+        input_ids: Int[Tensor, "b n"],
+        shard: SequenceShard,
+        step: DropoutStep | None,
+        positions: Int[Tensor, "b n"] | None = None,
     ) -> Float[Tensor, "b n e"]:
-        """[B, n] int64 token ids of this rank's rows -> [B, n, E]."""
-        first, rows = shard.first_row, shard.num_rows
-        positions = roberta_positions(shard.attention_mask)[:, first : first + rows]
+        """[B, n] int64 token ids of this rank's rows -> [B, n, E]; all tokens are of type 0."""
+        if positions is None:
+            first, rows = shard.first_row, shard.num_rows
+            counted = roberta_positions(shard.attention_mask, self.padding_position)
+            positions = counted[:, first : first + rows]
         hidden = self.word_embeddings(input_ids) + self.position_embeddings(positions)
         hidden = self.norm(hidden + self.token_type_embeddings(torch.zeros_like(input_ids)))
         return drop(hidden, self.dropout, step, 0, Site.EMBEDDINGS, shard)
@@ -53,7 +59,7 @@ class EncoderLayer(nn.Module):
         super().__init__()
         std, size = config.initializer_range, config.hidden_size
         self.layer = index + 1  # layer 0 of the dropout keys is the embeddings
-        self.dropout = config.hidden_dropout
+        self.dropout, self.activation_dropout = config.hidden_dropout, config.activation_dropout
         spec = WindowSpec.from_two_sided(
             config.window_of_layer(index),
             config.num_heads,
@@ -80,7 +86,9 @@ class EncoderLayer(nn.Module):
         attended = self.attention(hidden, shard, step)
         attended = drop(attended, self.dropout, step, self.layer, Site.ATTENTION_OUTPUT, shard)
         hidden = self.attention_norm(hidden + attended)
-        output = self.ffn_out(functional.gelu(self.ffn_in(hidden)))
+        inner = functional.gelu(self.ffn_in(hidden))
+        inner = drop(inner, self.activation_dropout, step, self.layer, Site.FFN_INNER, shard)
+        output = self.ffn_out(inner)
         output = drop(output, self.dropout, step, self.layer, Site.FFN_OUTPUT, shard)
         normed: Tensor = self.ffn_norm(hidden + output)
         return normed
@@ -99,10 +107,24 @@ class LongformerEncoder(nn.Module):
         )
 
     def forward(
-        self, input_ids: Int[Tensor, "b n"], shard: SequenceShard, step: DropoutStep | None
+        self,
+        input_ids: Int[Tensor, "b n"],
+        shard: SequenceShard,
+        step: DropoutStep | None,
+        positions: Int[Tensor, "b n"] | None = None,
     ) -> Float[Tensor, "b n e"]:
-        """[B, n] int64 token ids of this rank's rows -> [B, n, E] hidden states."""
-        hidden: Tensor = self.embeddings(input_ids, shard, step)
+        """Hidden states of this rank's rows.
+
+        Args:
+            input_ids: [B, n] int64.
+            shard: What the sequence is and which rows are here.
+            step: Names the dropout masks; None drops nothing.
+            positions: [B, n] int64 rows of the position table; None counts the real tokens.
+
+        Returns:
+            [B, n, E].
+        """
+        hidden: Tensor = self.embeddings(input_ids, shard, step, positions)
         for layer in self.layers:
             hidden = layer(hidden, shard, step)
         return hidden

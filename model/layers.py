@@ -39,7 +39,7 @@ def column_linear(
         A module ``[..., in_features] -> [..., out_features / tensor ranks]``.
     """
     if tensor_group is None:
-        return _plain_linear(in_features, out_features, std)
+        return plain_linear(in_features, out_features, std)
     from haloformer.model.megatron_layers import ColumnLinear
 
     return ColumnLinear(in_features, out_features, normal_initializer(std), tensor_group)
@@ -60,7 +60,7 @@ def row_linear(
         A module ``[..., in_features / tensor ranks] -> [..., out_features]``.
     """
     if tensor_group is None:
-        return _plain_linear(in_features, out_features, std)
+        return plain_linear(in_features, out_features, std)
     from haloformer.model.megatron_layers import RowLinear
 
     return RowLinear(in_features, out_features, normal_initializer(std), tensor_group)
@@ -83,7 +83,8 @@ def vocab_embedding(
     return VocabEmbedding(num_embeddings, embedding_dim, normal_initializer(std), tensor_group)
 
 
-def _plain_linear(in_features: int, out_features: int, std: float) -> nn.Linear:
+def plain_linear(in_features: int, out_features: int, std: float) -> nn.Linear:
+    """A linear that is whole on every rank: weight from N(0, std), bias zero."""
     linear = nn.Linear(in_features, out_features)
     normal_initializer(std)(linear.weight.data)
     torch.nn.init.zeros_(linear.bias)

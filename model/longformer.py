@@ -14,7 +14,7 @@ from haloformer.configs.schema import ModelConfig
 from haloformer.kernels.sharded import SequenceShard
 from haloformer.model.dropout_sites import DropoutStep
 from haloformer.model.encoder import LongformerEncoder
-from haloformer.model.layers import column_linear
+from haloformer.model.layers import plain_linear
 
 IGNORED_LABEL = -100
 
@@ -39,7 +39,7 @@ class MaskedLmHead(nn.Module):
     ) -> None:
         super().__init__()
         size = config.hidden_size
-        self.dense = column_linear(size, size, config.initializer_range, tensor_group)
+        self.dense = plain_linear(size, size, config.initializer_range)
         self.norm = nn.LayerNorm(size, eps=config.layer_norm_eps)
         self.bias = nn.Parameter(torch.zeros(vocab_size))
 

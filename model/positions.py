@@ -5,10 +5,10 @@ from __future__ import annotations
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-PADDING_POSITION = 1  # RoBERTa: the row of the position table that padding uses
 
-
-def roberta_positions(attention_mask: Bool[Tensor, "b n"]) -> Int[Tensor, "b n"]:
+def roberta_positions(
+    attention_mask: Bool[Tensor, "b n"], padding_position: int = 1
+) -> Int[Tensor, "b n"]:
     """Row of the position table for every token: 2, 3, ... over real tokens, 1 for padding.
 
     ::
@@ -18,9 +18,10 @@ def roberta_positions(attention_mask: Bool[Tensor, "b n"]) -> Int[Tensor, "b n"]
 
     Args:
         attention_mask: [B, N] bool over the whole sequence, True = real token.
+        padding_position: Row of the table that padding uses; the first token has the next one.
 
     Returns:
         [B, N] int64.
     """
     mask = attention_mask.long()
-    return mask.cumsum(dim=1) * mask + PADDING_POSITION
+    return mask.cumsum(dim=1) * mask + padding_position

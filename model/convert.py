@@ -1,0 +1,156 @@
+"""Models in and out of transformers' folders.
+
+model = load_pretrained("longformer-base-4096")
+output = model(input_ids, attention_mask, global_attention_mask, labels=labels)
+output.loss.backward()
+save_pretrained(model, "tuned")          # transformers loads it
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from haloformer.model.classification import LongformerForSequenceClassification
+from haloformer.model.encoder import LongformerEncoder
+from haloformer.model.hf_config import (
+    LONGFORMER_DEFAULTS,
+    longformer_config,
+    with_defaults,
+)
+from haloformer.model.hf_folder import dtype_name, read_config, read_weights, write_folder
+from haloformer.model.hf_names import (
+    CLASSIFIER,
+    LM_HEAD,
+    POOLER,
+    QA_HEAD,
+    Names,
+    longformer_encoder,
+    ours_from_theirs,
+    theirs_from_ours,
+)
+from haloformer.model.longformer import LongformerForMaskedLM
+from haloformer.model.plain import (
+    PlainClassifier,
+    PlainEncoder,
+    PlainMaskedLM,
+    PlainModel,
+    PlainQuestionAnswering,
+)
+from haloformer.model.question_answering import LongformerForQuestionAnswering
+
+ARCHITECTURES = (
+    "LongformerModel",
+    "LongformerForMaskedLM",
+    "LongformerForSequenceClassification",
+    "LongformerForQuestionAnswering",
+)
+# Copies of tied weights, and buffers of older versions, that a folder may hold in addition.
+_IGNORABLE = (
+    "lm_head.decoder.weight",
+    "lm_head.decoder.bias",
+    "embeddings.position_ids",
+    "longformer.embeddings.position_ids",
+)
+
+
+def load_pretrained(folder: str | Path, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """Load a transformers Longformer as a plain module, in eval mode.
+
+    Its call takes ``input_ids, attention_mask=None, global_attention_mask=None, labels=None`` and
+    returns an object with ``.loss`` and ``.logits``. ``attention_window`` in the folder is
+    two-sided, as everywhere in transformers.
+
+    Args:
+        folder: config.json and model.safetensors (or several, with their index).
+        dtype: Of the parameters.
+
+    Returns:
+        A :class:`~haloformer.model.plain.PlainModel`.
+
+    Raises:
+        ValueError: If the folder is damaged, holds a pickle, or a model of another kind.
+    """
+    path = Path(folder)
+    raw, weights = read_config(path), read_weights(path)
+    try:
+        with torch.device("meta"):  # no memory and no time for values that are replaced anyway
+            model = _build(raw, weights)
+        state = ours_from_theirs(parameter_names(model), weights, _IGNORABLE)
+    except ValueError as error:  # pydantic's error is one, of several lines
+        raise ValueError(f"{path}: {' '.join(str(error).split())}") from error
+    model.load_state_dict(state, assign=True)
+    _tell_padding(model)
+    return model.to(dtype).eval()
+
+
+def save_pretrained(model: nn.Module, folder: str | Path) -> None:
+    """Write a plain model to a folder that transformers loads.
+
+    Args:
+        model: From :func:`load_pretrained`.
+        folder: New, or without a model.
+
+    Raises:
+        ValueError: If it is not a plain model, or the folder holds a model already.
+    """
+    if not isinstance(model, PlainModel):
+        raise ValueError(f"{type(model).__name__} is not a model from load_pretrained")
+    weights = theirs_from_ours(parameter_names(model), model.state_dict())
+    dtype = dtype_name(next(model.parameters()).dtype)
+    write_folder(Path(folder), {**model.raw_config, "dtype": dtype}, weights)
+
+
+def parameter_names(model: PlainModel) -> Names:
+    """Our name of every tensor of a plain model -> its name in transformers."""
+    if isinstance(model, PlainEncoder):
+        names = longformer_encoder(len(model.encoder.layers), prefix="")
+        return names if model.pooler is None else names | POOLER
+    heads: dict[type[PlainModel], Names] = {
+        PlainMaskedLM: LM_HEAD,
+        PlainClassifier: CLASSIFIER,
+        PlainQuestionAnswering: QA_HEAD,
+    }
+    assert isinstance(model, PlainMaskedLM | PlainClassifier | PlainQuestionAnswering)
+    names = longformer_encoder(len(model.model.encoder.layers), prefix="longformer.")
+    names = names | heads[type(model)]
+    return {f"model.{ours}": theirs for ours, theirs in names.items()}
+
+
+def _build(raw: dict[str, Any], weights: Mapping[str, Tensor]) -> PlainModel:
+    """An untrained plain model of a folder's architecture and sizes."""
+    architecture = _architecture(raw)
+    full = with_defaults(raw, LONGFORMER_DEFAULTS)
+    config, vocab_size = longformer_config(raw), full["vocab_size"]
+    if architecture == "LongformerForMaskedLM":
+        return PlainMaskedLM(LongformerForMaskedLM(config, vocab_size), full)
+    if architecture == "LongformerForSequenceClassification":
+        num_labels = weights["classifier.out_proj.bias"].shape[0]
+        classifier = LongformerForSequenceClassification(config, vocab_size, num_labels)
+        return PlainClassifier(classifier, full)
+    if architecture == "LongformerForQuestionAnswering":
+        return PlainQuestionAnswering(LongformerForQuestionAnswering(config, vocab_size), full)
+    encoder = LongformerEncoder(config, vocab_size)
+    return PlainEncoder(encoder, full, has_pooler="pooler.dense.weight" in weights)
+
+
+def _architecture(raw: dict[str, Any]) -> str:
+    named = raw.get("architectures")
+    if not named:
+        raise ValueError("config.json has no architectures; add, say, LongformerForMaskedLM")
+    if named[0] not in ARCHITECTURES:
+        raise ValueError(f"cannot load {named[0]!r}; known are {', '.join(ARCHITECTURES)}")
+    return str(named[0])
+
+
+def _tell_padding(model: PlainModel) -> None:
+    """Padding trains no embedding: transformers' tables leave its row out of the gradient."""
+    for name, table in (
+        (name, module) for name, module in model.named_modules() if isinstance(module, nn.Embedding)
+    ):
+        if name.endswith(("word_embeddings", "position_embeddings")):
+            table.padding_idx = model.pad_token_id

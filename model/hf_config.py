@@ -1,0 +1,124 @@
+"""transformers' config.json <-> our model sections.
+
+Three things differ. transformers' Longformer counts the rows of its position table, we count
+tokens. Its window is two-sided like ours, while AI2's original code wrote one side into a list of
+the same name. And it leaves out of the file what equals its defaults.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from haloformer.configs.schema import ModelConfig
+
+# transformers 5.23 LongformerConfig: what a key means when config.json does not have it.
+LONGFORMER_DEFAULTS: dict[str, Any] = {
+    "attention_window": 512,
+    "attention_probs_dropout_prob": 0.1,
+    "hidden_act": "gelu",
+    "hidden_dropout_prob": 0.1,
+    "hidden_size": 768,
+    "initializer_range": 0.02,
+    "intermediate_size": 3072,
+    "layer_norm_eps": 1e-12,
+    "max_position_embeddings": 512,
+    "num_attention_heads": 12,
+    "num_hidden_layers": 12,
+    "pad_token_id": 1,
+    "sep_token_id": 2,
+    "tie_word_embeddings": True,
+    "type_vocab_size": 2,
+    "vocab_size": 30522,
+}
+
+
+def with_defaults(raw: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
+    """A config.json filled up with what transformers would assume."""
+    return {**defaults, **raw}
+
+
+def longformer_config(raw: dict[str, Any]) -> ModelConfig:
+    """The model section of a transformers Longformer.
+
+    Args:
+        raw: Content of config.json.
+
+    Raises:
+        ValueError: If the model is of a kind that our layers do not have, or a size is invalid.
+    """
+    full = with_defaults(raw, LONGFORMER_DEFAULTS)
+    _refuse_other("hidden_act", full["hidden_act"], "gelu")
+    _refuse_other("tie_word_embeddings", full["tie_word_embeddings"], True)
+    refuse_one_sided(raw)
+    padding = full["pad_token_id"]
+    return ModelConfig(
+        hidden_size=full["hidden_size"],
+        num_layers=full["num_hidden_layers"],
+        num_heads=full["num_attention_heads"],
+        ffn_size=full["intermediate_size"],
+        max_positions=full["max_position_embeddings"] - padding - 1,
+        attention_window=full["attention_window"],
+        hidden_dropout=full["hidden_dropout_prob"],
+        attention_dropout=full["attention_probs_dropout_prob"],
+        layer_norm_eps=full["layer_norm_eps"],
+        initializer_range=full["initializer_range"],
+        type_vocab_size=full["type_vocab_size"],
+        padding_position=padding,
+    )
+
+
+def longformer_raw(config: ModelConfig, vocab_size: int, architecture: str) -> dict[str, Any]:
+    """The config.json of a model that was trained here.
+
+    Raises:
+        ValueError: If transformers has no such model: it knows neither dilation nor causal windows.
+    """
+    dilations = [config.dilation] if isinstance(config.dilation, int) else config.dilation
+    if config.causal or any(d != 1 for d in dilations):
+        raise ValueError(
+            "transformers' Longformer has no causal or dilated windows, so this model cannot be "
+            "exported; train it with causal false and dilation 1"
+        )
+    windows = [config.window_of_layer(layer) for layer in range(config.num_layers)]
+    return {
+        "architectures": [architecture],
+        "model_type": "longformer",
+        "attention_window": windows,
+        "attention_probs_dropout_prob": config.attention_dropout,
+        "bos_token_id": 0,
+        "eos_token_id": 2,
+        "hidden_act": "gelu",
+        "hidden_dropout_prob": config.hidden_dropout,
+        "hidden_size": config.hidden_size,
+        "initializer_range": config.initializer_range,
+        "intermediate_size": config.ffn_size,
+        "layer_norm_eps": config.layer_norm_eps,
+        "max_position_embeddings": config.num_position_rows,
+        "num_attention_heads": config.num_heads,
+        "num_hidden_layers": config.num_layers,
+        "pad_token_id": config.padding_position,
+        "sep_token_id": 2,
+        "tie_word_embeddings": True,
+        "type_vocab_size": config.type_vocab_size,
+        "vocab_size": vocab_size,
+    }
+
+
+def refuse_one_sided(raw: dict[str, Any]) -> None:
+    """Refuse the config of AI2's original code, whose windows count one side.
+
+    Raises:
+        ValueError: Naming the keys it was recognised by, and the remedy.
+    """
+    marks = [key for key in ("attention_mode", "attention_dilation") if key in raw]
+    if marks:
+        raise ValueError(
+            f"config.json has {', '.join(marks)}: it is from AI2's longformer package, whose "
+            "attention_window counts one side and whose weights have other names; load the "
+            "transformers version of the model, or double attention_window and remove these keys"
+        )
+
+
+def _refuse_other(key: str, value: Any, wanted: Any) -> None:
+    if value != wanted:
+        raise ValueError(f"config.json: {key} is {value!r}, but our layers have {wanted!r} only")

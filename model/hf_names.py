@@ -1,0 +1,90 @@
+"""Our parameter names <-> transformers': one table per architecture, read in both directions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from torch import Tensor
+
+Names = dict[str, str]  # ours -> theirs
+
+_ATTENTION = ("query", "key", "value", "query_global", "key_global", "value_global")
+
+
+def affine(ours: str, theirs: str) -> Names:
+    """Weight and bias of a linear or norm."""
+    return {f"{ours}.{part}": f"{theirs}.{part}" for part in ("weight", "bias")}
+
+
+def longformer_encoder(num_layers: int, prefix: str, ours: str = "encoder.") -> Names:
+    """Embeddings and layers.
+
+    Args:
+        num_layers: Number of layers.
+        prefix: What transformers puts before: ``longformer.`` below a head, nothing without.
+        ours: What stands before on our side.
+    """
+    names = {
+        f"{ours}embeddings.{kind}_embeddings.weight": f"{prefix}embeddings.{kind}_embeddings.weight"
+        for kind in ("word", "position", "token_type")
+    }
+    names |= affine(f"{ours}embeddings.norm", f"{prefix}embeddings.LayerNorm")
+    for index in range(num_layers):
+        a, b = f"{ours}layers.{index}.", f"{prefix}encoder.layer.{index}."
+        for part in _ATTENTION:
+            names |= affine(f"{a}attention.{part}", f"{b}attention.self.{part}")
+        names |= affine(f"{a}attention.output", f"{b}attention.output.dense")
+        names |= affine(f"{a}attention_norm", f"{b}attention.output.LayerNorm")
+        names |= affine(f"{a}ffn_in", f"{b}intermediate.dense")
+        names |= affine(f"{a}ffn_out", f"{b}output.dense")
+        names |= affine(f"{a}ffn_norm", f"{b}output.LayerNorm")
+    return names
+
+
+LM_HEAD: Names = {
+    **affine("head.dense", "lm_head.dense"),
+    **affine("head.norm", "lm_head.layer_norm"),
+    "head.bias": "lm_head.bias",
+}
+CLASSIFIER: Names = {
+    **affine("head.dense", "classifier.dense"),
+    **affine("head.output", "classifier.out_proj"),
+}
+QA_HEAD: Names = affine("head.output", "qa_outputs")
+POOLER: Names = affine("pooler", "pooler.dense")
+
+
+def ours_from_theirs(
+    names: Names, weights: Mapping[str, Tensor], ignorable: Iterable[str]
+) -> dict[str, Tensor]:
+    """A state dict of ours from the tensors of a folder.
+
+    Args:
+        names: Ours -> theirs.
+        weights: By their names.
+        ignorable: Their names that may be there in addition (tied copies, buffers).
+
+    Raises:
+        ValueError: Naming what is missing and what nobody asked for.
+    """
+    missing = sorted(theirs for theirs in names.values() if theirs not in weights)
+    surplus = sorted(set(weights) - set(names.values()) - set(ignorable))
+    if missing or surplus:
+        parts = []
+        if missing:
+            parts.append(f"lacks {_some(missing)}")
+        if surplus:
+            parts.append(f"has {_some(surplus)}, which this architecture does not use")
+        raise ValueError(f"the safetensors file {' and '.join(parts)}; check config.json")
+    return {ours: weights[theirs] for ours, theirs in names.items()}
+
+
+def theirs_from_ours(names: Names, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a folder from a state dict of ours."""
+    assert set(state) == set(names), set(state) ^ set(names)
+    return {theirs: state[ours] for ours, theirs in names.items()}
+
+
+def _some(names: list[str]) -> str:
+    rest = len(names) - 3
+    return ", ".join(names[:3]) + (f" and {rest} more" if rest > 0 else "")
