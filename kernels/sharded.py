@@ -16,7 +16,7 @@ One rank alone takes the same path.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -117,6 +117,10 @@ def sharded_attention(
     _check(query, key, value, global_query, global_key, global_value, spec, shard)
     attend = choose_backend(backend, query, key, Band(spec, 0, (0, shard.num_rows)))
     heads = range(first_head, first_head + spec.num_heads)
+    band_dropout = _dropout(dropout.band if dropout else None, shard, heads)
+    attention = GlobalAttention(
+        shard, _dropout(dropout.global_rows if dropout else None, shard, heads), counter
+    )
     far_key, far_value = gather_rows_of([key, value], shard, counter)
     pieces = [
         _band(
@@ -124,16 +128,13 @@ def sharded_attention(
             group,
             spec.select(group),
             shard,
-            _dropout(dropout.band if dropout else None, shard, [heads[h] for h in group]),
+            band_dropout and replace(band_dropout, heads=tuple(heads[h] for h in group)),
             attend,
             counter,
         )
         for group in spec.groups_by_reach()
     ]
     band_rows = _join_heads(pieces, spec)
-    attention = GlobalAttention(
-        shard, _dropout(dropout.global_rows if dropout else None, shard, heads), counter
-    )
     global_rows = attend_globally(global_query, global_key, global_value, attention)
     return scatter_rows(band_rows, global_rows, shard)
 
