@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 SOURCES := kernels model launcher data_pipeline configs
-ENWIKI := data/raw/enwiki-pages-articles1-shortened.xml.bz2
+ENWIKI := data/raw/enwiki-slice.xml.bz2
 
 .PHONY: setup train test lint format bench clean help
 
@@ -28,7 +28,7 @@ $(STAMP): pyproject.toml
 
 # The slice of Wikipedia that the gensim package carries: 6 MB of MediaWiki XML, sha256 checked.
 $(ENWIKI): | $(STAMP)
-	@$(BIN)/python -m haloformer.data_pipeline.enwiki --output $@
+	@$(BIN)/python -m haloformer.data_pipeline.enwiki $(@D)
 
 train: $(STAMP) $(ENWIKI)
 	@$(BIN)/haloformer prepare --input $(ENWIKI) --format mediawiki --tokenizer byte --output data/enwiki
