@@ -65,12 +65,12 @@ def pack_joined(take: Take, seq_len: int) -> Layout | None:
             break
         layout.spans.append((slot, piece.span))
         slot += piece.span.stop - piece.span.start
-        if piece.ends and slot < last:
+        if piece.ends:
             layout.eos.append(slot)
             slot += 1
     if not layout.spans:
         return None
-    # Text that ran out has left its own </s>; a full sequence gets one in its last slot.
+    # A document that ended has left its </s>; one that was cut at the last slot gets one there.
     if slot == last:
         layout.eos.append(last)
         slot += 1

@@ -48,8 +48,7 @@ class ShardReader:
         self._cache: OrderedDict[tuple[int, int], NDArray[np.generic]] = OrderedDict()
         self._cached_bytes = 0
         if on_corrupt == "stop":
-            for shard in index.shards:
-                _check_size(index.folder / shard.name, shard.size)
+            check_sizes(index)
 
     def close(self) -> None:
         """Close the open tars."""
@@ -143,6 +142,16 @@ class ShardReader:
             table = self._tables[shard] = load_table(self.index, shard)
         self._tables.move_to_end(shard)
         return table
+
+
+def check_sizes(index: ShardIndex) -> None:
+    """Check that every shard is there and as long as it was; cheap, nothing is read.
+
+    Raises:
+        DataError: Naming the first shard that is not.
+    """
+    for shard in index.shards:
+        _check_size(index.folder / shard.name, shard.size)
 
 
 def _check_size(path: Path, size: int) -> None:

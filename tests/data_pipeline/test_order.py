@@ -74,6 +74,12 @@ def test_block_of_one_reads_tars_straight_through() -> None:
     assert documents == [(shard, d) for shard in shards for d in range(len(counts[shard]))]
 
 
+def test_shards_come_in_another_order_each_epoch() -> None:
+    counts = [[5] for _ in range(20)]
+    orders = {tuple(all_documents(order_of(counts, shuffle_block=1, epoch=e))) for e in range(5)}
+    assert len(orders) == 5
+
+
 def test_a_block_mixes_its_shards_and_no_others() -> None:
     counts = [[5] * 8 for _ in range(6)]
     documents = all_documents(order_of(counts, shuffle_block=2))
