@@ -28,6 +28,7 @@ from haloformer.launcher.engine import (
 from haloformer.launcher.fragments import load_fragments, save_fragments
 from haloformer.launcher.runtime import init_distributed
 from haloformer.launcher.topology import Layout, build_topology, destroy_topology
+from places import describe
 
 VOCAB, WIDTH, SEQ_LEN, GLOBAL_BATCH = 37, 12, 8, 4
 SAVED_AT, STEPS = 2, 4
@@ -192,9 +193,11 @@ def walk(rank, world, cases, elastic, folder):
     """Train every case of this world size, and go on from what it and others saved.
 
     Returns:
-        {"trained" | "resumed": {case name: history}, "elastic": {(writer, reader): history}}.
+        {"trained" | "resumed": {case name: history}, "elastic": {(writer, reader): history}}, and
+        what ``places.describe`` says in a world of 4.
     """
     seen = {"trained": {}, "resumed": {}, "elastic": {}}
+    places = describe(rank) if world == 4 else None
     for case in cases:
         config, place = tiny_config(case), Path(folder, str(case))
         topology, engine = start(case)
@@ -207,7 +210,7 @@ def walk(rank, world, cases, elastic, folder):
             seen["resumed"][str(case)] = go_on(case, place, place / "resumed")
     for writer, reader in elastic:
         seen["elastic"][str(writer), str(reader)] = go_on(reader, Path(folder, str(writer)), None)
-    return seen
+    return seen, places
 
 
 def go_on(case, source, target):

@@ -6,6 +6,7 @@ The ranks are in tests/checkpoint_ranks.py; what they left behind is looked at h
 import json
 import logging
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -89,7 +90,7 @@ def server(folder):
             break
     assert "Application startup complete" in lines[-1], "".join(lines)
     yield f"http://127.0.0.1:{port}"
-    os.killpg(process.pid, 15)
+    os.killpg(process.pid, signal.SIGKILL)  # its own group, workers included
     process.wait(timeout=30)
     process.stderr.close()
 
