@@ -89,7 +89,7 @@ def test_auto_logs_its_choice_once(caplog):
         ({"global_segment_ids": torch.ones(2, 0, dtype=torch.int64)}, "without segment_ids"),
         ({"dropout": AttentionDropout(0.1, 1, torch.arange(3))}, "dropout.sample_ids has shape"),
         ({"backend": "flash"}, "backend 'flash' is not one of auto, chunks, triton, loop"),
-        ({"backend": "triton"}, "backend 'triton' cannot run: the tensors are on cpu"),
+        ({"backend": "triton"}, "backend 'triton' cannot run: "),
     ],
 )
 def test_what_does_not_fit_is_refused_in_one_line(changes, message):
