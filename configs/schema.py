@@ -82,6 +82,53 @@ class ModelConfig(Section):
         return self
 
 
+class LedConfig(Section):
+    """LED: Longformer encoder, full decoder (BART layout, post-LN), tied embeddings."""
+
+    kind: Literal["led"] = "led"
+    hidden_size: PositiveInt
+    encoder_layers: PositiveInt
+    decoder_layers: PositiveInt
+    encoder_heads: PositiveInt
+    decoder_heads: PositiveInt
+    encoder_ffn_size: PositiveInt
+    decoder_ffn_size: PositiveInt
+    max_source_positions: PositiveInt = 16384
+    max_target_positions: PositiveInt = 1024
+    attention_window: PositiveInt | list[PositiveInt] = 1024
+    hidden_dropout: Probability = 0.1
+    attention_dropout: Probability = 0.0
+    activation_dropout: Probability = 0.0
+    label_smoothing: Probability = 0.0
+    initializer_range: Annotated[float, Field(gt=0.0)] = 0.02
+    recompute: Recompute = "none"
+
+    def encoder_section(self) -> ModelConfig:
+        """The encoder's layers as those of a Longformer, which is what they are."""
+        return ModelConfig(
+            hidden_size=self.hidden_size,
+            num_layers=self.encoder_layers,
+            num_heads=self.encoder_heads,
+            ffn_size=self.encoder_ffn_size,
+            max_positions=self.max_source_positions,
+            attention_window=self.attention_window,
+            hidden_dropout=self.hidden_dropout,
+            attention_dropout=self.attention_dropout,
+            activation_dropout=self.activation_dropout,
+            initializer_range=self.initializer_range,
+            recompute=self.recompute,
+        )
+
+    @model_validator(mode="after")
+    def _check(self) -> LedConfig:
+        self.encoder_section()  # checks heads and windows
+        if self.hidden_size % self.decoder_heads:
+            raise ValueError(
+                f"decoder_heads {self.decoder_heads} does not divide hidden_size {self.hidden_size}"
+            )
+        return self
+
+
 class DataConfig(Section):
     """What is read, and how tokens become training sequences."""
 

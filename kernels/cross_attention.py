@@ -124,8 +124,9 @@ def _per_head(x: Tensor) -> Tensor:
 
 def _scores(query: Tensor, key: Tensor, what: CrossAttention) -> Tensor:
     """[B, H, R, n] logits, -inf where the source row is padding."""
-    scores = (query * query.shape[-1] ** -0.5) @ key.mT
-    return scores.masked_fill_(~what.key_mask[:, None, None], -torch.inf)
+    scores: Tensor = (query * query.shape[-1] ** -0.5) @ key.mT
+    scores.masked_fill_(~what.key_mask[:, None, None], -torch.inf)
+    return scores
 
 
 def _weights(scores: Tensor, lse: Tensor) -> Tensor:

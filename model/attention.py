@@ -15,7 +15,7 @@ from haloformer.kernels.sharded import (
 )
 from haloformer.kernels.spec import WindowSpec
 from haloformer.model.dropout_sites import DropoutStep, Site
-from haloformer.model.layers import column_linear, row_linear
+from haloformer.model.layers import column_linear, row_linear, tensor_share
 
 
 class LongformerSelfAttention(nn.Module):
@@ -44,8 +44,10 @@ class LongformerSelfAttention(nn.Module):
         backend: str = "auto",
     ) -> None:
         super().__init__()
-        self.spec, self.layer, self.dropout, self.backend = spec, layer, dropout, backend
+        self.layer, self.dropout, self.backend = layer, dropout, backend
         self.head_dim = hidden_size // spec.num_heads
+        heads = tensor_share(spec.num_heads, "heads", tensor_group)
+        self.spec, self.first_head = spec.select(heads), heads.start
 
         def column() -> nn.Module:
             return column_linear(hidden_size, hidden_size, std, tensor_group)
@@ -80,13 +82,14 @@ class LongformerSelfAttention(nn.Module):
             self.spec,
             shard,
             dropout=self._dropout_sites(step),
+            first_head=self.first_head,
             backend=self.backend,
         )
         output: Tensor = self.output(attended.flatten(2))
         return output
 
     def _heads(self, x: Tensor) -> Tensor:
-        return x.view(*x.shape[:-1], -1, self.head_dim)  # [B, N, H, D]
+        return x.view(*x.shape[:-1], self.spec.num_heads, self.head_dim)  # [B, N, H, D]
 
     def _dropout_sites(self, step: DropoutStep | None) -> AttentionDropoutSites | None:
         if step is None or self.dropout == 0.0:

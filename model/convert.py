@@ -18,7 +18,9 @@ from torch import Tensor, nn
 from haloformer.model.classification import LongformerForSequenceClassification
 from haloformer.model.encoder import LongformerEncoder
 from haloformer.model.hf_config import (
+    LED_DEFAULTS,
     LONGFORMER_DEFAULTS,
+    led_config,
     longformer_config,
     with_defaults,
 )
@@ -29,10 +31,12 @@ from haloformer.model.hf_names import (
     POOLER,
     QA_HEAD,
     Names,
+    led,
     longformer_encoder,
     ours_from_theirs,
     theirs_from_ours,
 )
+from haloformer.model.led import LedForConditionalGeneration
 from haloformer.model.longformer import LongformerForMaskedLM
 from haloformer.model.plain import (
     PlainClassifier,
@@ -41,6 +45,7 @@ from haloformer.model.plain import (
     PlainModel,
     PlainQuestionAnswering,
 )
+from haloformer.model.plain_led import PlainLed
 from haloformer.model.question_answering import LongformerForQuestionAnswering
 
 ARCHITECTURES = (
@@ -48,6 +53,7 @@ ARCHITECTURES = (
     "LongformerForMaskedLM",
     "LongformerForSequenceClassification",
     "LongformerForQuestionAnswering",
+    "LEDForConditionalGeneration",
 )
 # Copies of tied weights, and buffers of older versions, that a folder may hold in addition.
 _IGNORABLE = (
@@ -55,15 +61,19 @@ _IGNORABLE = (
     "lm_head.decoder.bias",
     "embeddings.position_ids",
     "longformer.embeddings.position_ids",
+    "final_logits_bias",
+    "lm_head.weight",
+    "led.encoder.embed_tokens.weight",
+    "led.decoder.embed_tokens.weight",
 )
 
 
 def load_pretrained(folder: str | Path, dtype: torch.dtype = torch.float32) -> nn.Module:
-    """Load a transformers Longformer as a plain module, in eval mode.
+    """Load a transformers Longformer or LED as a plain module, in eval mode.
 
     Its call takes ``input_ids, attention_mask=None, global_attention_mask=None, labels=None`` and
-    returns an object with ``.loss`` and ``.logits``. ``attention_window`` in the folder is
-    two-sided, as everywhere in transformers.
+    returns an object with ``.loss`` and ``.logits``; LED also takes ``decoder_input_ids=None``.
+    ``attention_window`` in the folder is two-sided, as everywhere in transformers.
 
     Args:
         folder: config.json and model.safetensors (or several, with their index).
@@ -81,6 +91,8 @@ def load_pretrained(folder: str | Path, dtype: torch.dtype = torch.float32) -> n
         with torch.device("meta"):  # no memory and no time for values that are replaced anyway
             model = _build(raw, weights)
         state = ours_from_theirs(parameter_names(model), weights, _IGNORABLE)
+        if isinstance(model, PlainLed):
+            state["model.final_logits_bias"] = _logits_bias(weights)
     except ValueError as error:  # pydantic's error is one, of several lines
         raise ValueError(f"{path}: {' '.join(str(error).split())}") from error
     model.load_state_dict(state, assign=True)
@@ -100,7 +112,11 @@ def save_pretrained(model: nn.Module, folder: str | Path) -> None:
     """
     if not isinstance(model, PlainModel):
         raise ValueError(f"{type(model).__name__} is not a model from load_pretrained")
-    weights = theirs_from_ours(parameter_names(model), model.state_dict())
+    state = model.state_dict()
+    bias = state.pop("model.final_logits_bias", None)
+    weights = theirs_from_ours(parameter_names(model), state)
+    if bias is not None:
+        weights["final_logits_bias"] = bias[None]
     dtype = dtype_name(next(model.parameters()).dtype)
     write_folder(Path(folder), {**model.raw_config, "dtype": dtype}, weights)
 
@@ -110,6 +126,10 @@ def parameter_names(model: PlainModel) -> Names:
     if isinstance(model, PlainEncoder):
         names = longformer_encoder(len(model.encoder.layers), prefix="")
         return names if model.pooler is None else names | POOLER
+    if isinstance(model, PlainLed):
+        parts = model.model
+        names = led(len(parts.encoder.layers), len(parts.decoder.layers))
+        return {f"model.{ours}": theirs for ours, theirs in names.items()}
     heads: dict[type[PlainModel], Names] = {
         PlainMaskedLM: LM_HEAD,
         PlainClassifier: CLASSIFIER,
@@ -124,6 +144,9 @@ def parameter_names(model: PlainModel) -> Names:
 def _build(raw: dict[str, Any], weights: Mapping[str, Tensor]) -> PlainModel:
     """An untrained plain model of a folder's architecture and sizes."""
     architecture = _architecture(raw)
+    if architecture == "LEDForConditionalGeneration":
+        full = with_defaults(raw, LED_DEFAULTS)
+        return PlainLed(LedForConditionalGeneration(led_config(raw), full["vocab_size"]), full)
     full = with_defaults(raw, LONGFORMER_DEFAULTS)
     config, vocab_size = longformer_config(raw), full["vocab_size"]
     if architecture == "LongformerForMaskedLM":
@@ -147,10 +170,17 @@ def _architecture(raw: dict[str, Any]) -> str:
     return str(named[0])
 
 
+def _logits_bias(weights: Mapping[str, Tensor]) -> Tensor:
+    """[V]; transformers stores [1, V], and old folders leave it out, which means zeros."""
+    bias = weights.get("final_logits_bias")
+    embedding = weights["led.shared.weight"]
+    return embedding.new_zeros(embedding.shape[0]) if bias is None else bias[0]
+
+
 def _tell_padding(model: PlainModel) -> None:
     """Padding trains no embedding: transformers' tables leave its row out of the gradient."""
     for name, table in (
         (name, module) for name, module in model.named_modules() if isinstance(module, nn.Embedding)
     ):
-        if name.endswith(("word_embeddings", "position_embeddings")):
+        if name.endswith(("word_embeddings", "position_embeddings", "shared")):
             table.padding_idx = model.pad_token_id

@@ -16,6 +16,7 @@ from haloformer.model.attention import LongformerSelfAttention
 from haloformer.model.dropout_sites import DropoutStep, Site
 from haloformer.model.layers import column_linear, normal_initializer, row_linear, vocab_embedding
 from haloformer.model.positions import roberta_positions
+from haloformer.model.recompute import recomputed
 
 
 class Embeddings(nn.Module):
@@ -58,6 +59,7 @@ class EncoderLayer(nn.Module):
     def __init__(self, config: ModelConfig, index: int, tensor_group: ProcessGroup | None) -> None:
         super().__init__()
         std, size = config.initializer_range, config.hidden_size
+        self.recompute = config.recompute
         self.layer = index + 1  # layer 0 of the dropout keys is the embeddings
         self.dropout, self.activation_dropout = config.hidden_dropout, config.activation_dropout
         spec = WindowSpec.from_two_sided(
@@ -86,6 +88,13 @@ class EncoderLayer(nn.Module):
         attended = self.attention(hidden, shard, step)
         attended = drop(attended, self.dropout, step, self.layer, Site.ATTENTION_OUTPUT, shard)
         hidden = self.attention_norm(hidden + attended)
+        output: Tensor = recomputed(self.recompute == "selective", self.feed, hidden, shard, step)
+        return output
+
+    def feed(
+        self, hidden: Float[Tensor, "b n e"], shard: SequenceShard, step: DropoutStep | None
+    ) -> Float[Tensor, "b n e"]:
+        """The feed-forward half, [B, n, E] -> [B, n, E]."""
         inner = functional.gelu(self.ffn_in(hidden))
         inner = drop(inner, self.activation_dropout, step, self.layer, Site.FFN_INNER, shard)
         output = self.ffn_out(inner)
@@ -101,6 +110,7 @@ class LongformerEncoder(nn.Module):
         self, config: ModelConfig, vocab_size: int, tensor_group: ProcessGroup | None = None
     ) -> None:
         super().__init__()
+        self.recompute = config.recompute
         self.embeddings = Embeddings(config, vocab_size, tensor_group)
         self.layers = nn.ModuleList(
             EncoderLayer(config, index, tensor_group) for index in range(config.num_layers)
@@ -126,7 +136,7 @@ class LongformerEncoder(nn.Module):
         """
         hidden: Tensor = self.embeddings(input_ids, shard, step, positions)
         for layer in self.layers:
-            hidden = layer(hidden, shard, step)
+            hidden = recomputed(self.recompute == "full", layer, hidden, shard, step)
         return hidden
 
 

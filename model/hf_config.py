@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from haloformer.configs.schema import ModelConfig
+from haloformer.configs.schema import LedConfig, ModelConfig
 
 # transformers 5.23 LongformerConfig: what a key means when config.json does not have it.
 LONGFORMER_DEFAULTS: dict[str, Any] = {
@@ -29,6 +29,34 @@ LONGFORMER_DEFAULTS: dict[str, Any] = {
     "tie_word_embeddings": True,
     "type_vocab_size": 2,
     "vocab_size": 30522,
+}
+
+
+# transformers 5.23 LEDConfig.
+LED_DEFAULTS: dict[str, Any] = {
+    "activation_dropout": 0.0,
+    "activation_function": "gelu",
+    "attention_dropout": 0.0,
+    "attention_window": 512,
+    "bos_token_id": 0,
+    "d_model": 1024,
+    "decoder_attention_heads": 16,
+    "decoder_ffn_dim": 4096,
+    "decoder_layerdrop": 0.0,
+    "decoder_layers": 12,
+    "decoder_start_token_id": 2,
+    "dropout": 0.1,
+    "encoder_attention_heads": 16,
+    "encoder_ffn_dim": 4096,
+    "encoder_layerdrop": 0.0,
+    "encoder_layers": 12,
+    "eos_token_id": 2,
+    "init_std": 0.02,
+    "max_decoder_position_embeddings": 1024,
+    "max_encoder_position_embeddings": 16384,
+    "pad_token_id": 1,
+    "tie_word_embeddings": True,
+    "vocab_size": 50265,
 }
 
 
@@ -100,6 +128,63 @@ def longformer_raw(config: ModelConfig, vocab_size: int, architecture: str) -> d
         "sep_token_id": 2,
         "tie_word_embeddings": True,
         "type_vocab_size": config.type_vocab_size,
+        "vocab_size": vocab_size,
+    }
+
+
+def led_config(raw: dict[str, Any]) -> LedConfig:
+    """The model section of a transformers LED.
+
+    Args:
+        raw: Content of config.json.
+
+    Raises:
+        ValueError: If the model is of a kind that our layers do not have, or a size is invalid.
+    """
+    full = with_defaults(raw, LED_DEFAULTS)
+    _refuse_other("activation_function", full["activation_function"], "gelu")
+    _refuse_other("tie_word_embeddings", full["tie_word_embeddings"], True)
+    refuse_one_sided(raw)
+    return LedConfig(
+        hidden_size=full["d_model"],
+        encoder_layers=full["encoder_layers"],
+        decoder_layers=full["decoder_layers"],
+        encoder_heads=full["encoder_attention_heads"],
+        decoder_heads=full["decoder_attention_heads"],
+        encoder_ffn_size=full["encoder_ffn_dim"],
+        decoder_ffn_size=full["decoder_ffn_dim"],
+        max_source_positions=full["max_encoder_position_embeddings"],
+        max_target_positions=full["max_decoder_position_embeddings"],
+        attention_window=full["attention_window"],
+        hidden_dropout=full["dropout"],
+        attention_dropout=full["attention_dropout"],
+        activation_dropout=full["activation_dropout"],
+        initializer_range=full["init_std"],
+    )
+
+
+def led_raw(config: LedConfig, vocab_size: int) -> dict[str, Any]:
+    """The config.json of an LED that was trained here."""
+    section = config.encoder_section()
+    return {
+        **LED_DEFAULTS,
+        "architectures": ["LEDForConditionalGeneration"],
+        "model_type": "led",
+        "activation_dropout": config.activation_dropout,
+        "attention_dropout": config.attention_dropout,
+        "attention_window": [section.window_of_layer(i) for i in range(config.encoder_layers)],
+        "d_model": config.hidden_size,
+        "decoder_attention_heads": config.decoder_heads,
+        "decoder_ffn_dim": config.decoder_ffn_size,
+        "decoder_layers": config.decoder_layers,
+        "dropout": config.hidden_dropout,
+        "encoder_attention_heads": config.encoder_heads,
+        "encoder_ffn_dim": config.encoder_ffn_size,
+        "encoder_layers": config.encoder_layers,
+        "init_std": config.initializer_range,
+        "is_encoder_decoder": True,
+        "max_decoder_position_embeddings": config.max_target_positions,
+        "max_encoder_position_embeddings": config.max_source_positions,
         "vocab_size": vocab_size,
     }
 

@@ -9,6 +9,7 @@ from torch import Tensor
 Names = dict[str, str]  # ours -> theirs
 
 _ATTENTION = ("query", "key", "value", "query_global", "key_global", "value_global")
+_PROJECTIONS = (("query", "q_proj"), ("key", "k_proj"), ("value", "v_proj"), ("output", "out_proj"))
 
 
 def affine(ours: str, theirs: str) -> Names:
@@ -39,6 +40,37 @@ def longformer_encoder(num_layers: int, prefix: str, ours: str = "encoder.") -> 
         names |= affine(f"{a}ffn_out", f"{b}output.dense")
         names |= affine(f"{a}ffn_norm", f"{b}output.LayerNorm")
     return names
+
+
+def led(num_encoder_layers: int, num_decoder_layers: int) -> Names:
+    """Every parameter of an LED; ``final_logits_bias`` is apart, transformers gives it a row."""
+    names = {"shared.weight": "led.shared.weight"}
+    for side in ("encoder", "decoder"):
+        names[f"{side}.embeddings.positions.weight"] = f"led.{side}.embed_positions.weight"
+        names |= affine(f"{side}.embeddings.norm", f"led.{side}.layernorm_embedding")
+    for index in range(num_encoder_layers):
+        a, b = f"encoder.layers.{index}.", f"led.encoder.layers.{index}."
+        for part in _ATTENTION:
+            names |= affine(f"{a}attention.{part}", f"{b}self_attn.longformer_self_attn.{part}")
+        names |= affine(f"{a}attention.output", f"{b}self_attn.output")
+        names |= _feed_forward(a, b)
+    for index in range(num_decoder_layers):
+        a, b = f"decoder.layers.{index}.", f"led.decoder.layers.{index}."
+        for ours, theirs in (("attention", "self_attn"), ("cross", "encoder_attn")):
+            for part, proj in _PROJECTIONS:
+                names |= affine(f"{a}{ours}.{part}", f"{b}{theirs}.{proj}")
+        names |= affine(f"{a}cross_norm", f"{b}encoder_attn_layer_norm")
+        names |= _feed_forward(a, b)
+    return names
+
+
+def _feed_forward(a: str, b: str) -> Names:
+    return {
+        **affine(f"{a}attention_norm", f"{b}self_attn_layer_norm"),
+        **affine(f"{a}ffn_in", f"{b}fc1"),
+        **affine(f"{a}ffn_out", f"{b}fc2"),
+        **affine(f"{a}ffn_norm", f"{b}final_layer_norm"),
+    }
 
 
 LM_HEAD: Names = {

@@ -24,6 +24,21 @@ def normal_initializer(std: float) -> Initializer:
     return fill
 
 
+def tensor_share(count: int, what: str, tensor_group: ProcessGroup | None) -> range:
+    """Which of ``count`` equal things (heads, features) are on this tensor-parallel rank.
+
+    Raises:
+        ValueError: If the ranks do not divide them.
+    """
+    if tensor_group is None:
+        return range(count)
+    size = tensor_group.size()
+    if count % size:
+        raise ValueError(f"{count} {what} cannot be split over {size} tensor-parallel ranks")
+    share = count // size
+    return range(tensor_group.rank() * share, (tensor_group.rank() + 1) * share)
+
+
 def column_linear(
     in_features: int, out_features: int, std: float, tensor_group: ProcessGroup | None
 ) -> nn.Module:
@@ -71,6 +86,8 @@ def vocab_embedding(
 ) -> nn.Module:
     """A token embedding whose vocabulary is split over the tensor-parallel ranks.
 
+    A vocabulary that the ranks do not divide gets rows of zeros at its end, which no token uses.
+
     Returns:
         A module ``int64 [...] -> [..., embedding_dim]``, whole on every rank.
     """
@@ -80,7 +97,51 @@ def vocab_embedding(
         return embedding
     from haloformer.model.megatron_layers import VocabEmbedding
 
-    return VocabEmbedding(num_embeddings, embedding_dim, normal_initializer(std), tensor_group)
+    def fill(weight: Tensor) -> Tensor:
+        nn.init.zeros_(weight)
+        normal_initializer(std)(weight[:num_embeddings])
+        return weight
+
+    rows = padded_vocab(num_embeddings, tensor_group)
+    return VocabEmbedding(rows, embedding_dim, fill, tensor_group)
+
+
+def padded_vocab(vocab_size: int, tensor_group: ProcessGroup | None) -> int:
+    """Rows of the token embedding over all tensor-parallel ranks."""
+    size = 1 if tensor_group is None else tensor_group.size()
+    return -(-vocab_size // size) * size
+
+
+def vocab_bias(vocab_size: int, tensor_group: ProcessGroup | None) -> nn.Parameter:
+    """A bias of zeros per token, split like :func:`vocab_embedding`."""
+    rows = tensor_share(padded_vocab(vocab_size, tensor_group), "vocabulary rows", tensor_group)
+    bias = nn.Parameter(torch.zeros(len(rows)))
+    if tensor_group is not None:
+        from haloformer.model.megatron_layers import mark_as_split
+
+        mark_as_split(bias)
+    return bias
+
+
+def vocab_logits(
+    features: Tensor, weight: Tensor, bias: Tensor, tensor_group: ProcessGroup | None
+) -> Tensor:
+    """Scores of this rank's part of the vocabulary, by the tied embedding.
+
+    Args:
+        features: [..., E], whole on every rank.
+        weight: [V / ranks, E] of :func:`vocab_embedding`.
+        bias: [V / ranks].
+        tensor_group: Tensor-parallel group.
+
+    Returns:
+        [..., V / ranks].
+    """
+    if tensor_group is not None:
+        from haloformer.model.megatron_layers import enter_split
+
+        features = enter_split(features, tensor_group)
+    return nn.functional.linear(features, weight, bias)
 
 
 def plain_linear(in_features: int, out_features: int, std: float) -> nn.Linear:

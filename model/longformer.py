@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
@@ -14,7 +13,8 @@ from haloformer.configs.schema import ModelConfig
 from haloformer.kernels.sharded import SequenceShard
 from haloformer.model.dropout_sites import DropoutStep
 from haloformer.model.encoder import LongformerEncoder
-from haloformer.model.layers import plain_linear
+from haloformer.model.layers import plain_linear, vocab_bias, vocab_logits
+from haloformer.model.vocab_loss import token_loss
 
 IGNORED_LABEL = -100
 
@@ -24,7 +24,8 @@ class MaskedLmOutput(NamedTuple):
 
     Attributes:
         loss_sum: [] fp32, cross-entropy in nats summed over this rank's masked positions.
-        logits: [T, V] at those positions, in row-major order of the batch.
+        logits: [T, V] at those positions, in row-major order of the batch; under tensor
+            parallelism this rank's part of the vocabulary.
     """
 
     loss_sum: Tensor
@@ -39,16 +40,20 @@ class MaskedLmHead(nn.Module):
     ) -> None:
         super().__init__()
         size = config.hidden_size
+        self.tensor_group = tensor_group
         self.dense = plain_linear(size, size, config.initializer_range)
         self.norm = nn.LayerNorm(size, eps=config.layer_norm_eps)
-        self.bias = nn.Parameter(torch.zeros(vocab_size))
+        self.bias = vocab_bias(vocab_size, tensor_group)
 
     def forward(
         self, hidden: Float[Tensor, "t e"], tied_weight: Float[Tensor, "v e"]
     ) -> Float[Tensor, "t v"]:
-        """[T, E] hidden states, [V, E] embedding table -> [T, V] logits."""
+        """[T, E] hidden states, [V, E] embedding table -> [T, V] logits.
+
+        Under tensor parallelism V is this rank's part of the vocabulary.
+        """
         features = self.norm(functional.gelu(self.dense(hidden)))
-        return functional.linear(features, tied_weight, self.bias)
+        return vocab_logits(features, tied_weight, self.bias, self.tensor_group)
 
 
 class LongformerForMaskedLM(nn.Module):
@@ -64,6 +69,7 @@ class LongformerForMaskedLM(nn.Module):
         self, config: ModelConfig, vocab_size: int, tensor_group: ProcessGroup | None = None
     ) -> None:
         super().__init__()
+        self.vocab_size, self.tensor_group = vocab_size, tensor_group
         self.encoder = LongformerEncoder(config, vocab_size, tensor_group)
         self.head = MaskedLmHead(config, vocab_size, tensor_group)
 
@@ -90,5 +96,5 @@ class LongformerForMaskedLM(nn.Module):
         targets = labels != IGNORED_LABEL
         # Only masked rows get logits: 15 % of a [N, V] matrix that would dwarf the activations.
         logits = self.head(hidden[targets], self.encoder.embeddings.word_embeddings.weight)
-        loss_sum = functional.cross_entropy(logits.float(), labels[targets], reduction="sum")
+        loss_sum = token_loss(logits, labels[targets], self.vocab_size, self.tensor_group).sum()
         return MaskedLmOutput(loss_sum, logits)

@@ -7,8 +7,10 @@ from megatron.core.tensor_parallel import (
     ColumnParallelLinear,
     RowParallelLinear,
     VocabParallelEmbedding,
+    set_tensor_model_parallel_attributes,
 )
-from torch import Tensor
+from megatron.core.tensor_parallel.mappings import copy_to_tensor_model_parallel_region
+from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from haloformer.model.layers import Initializer
@@ -22,6 +24,17 @@ def _config(tensor_group: ProcessGroup) -> ModelParallelConfig:
         use_cpu_initialization=True,
         gradient_accumulation_fusion=False,
     )
+
+
+def mark_as_split(parameter: nn.Parameter) -> None:
+    """Say that each rank holds a slice along dimension 0, or gradient norms count it wrongly."""
+    set_tensor_model_parallel_attributes(parameter, is_parallel=True, dim=0, stride=1)
+
+
+def enter_split(x: Tensor, group: ProcessGroup) -> Tensor:
+    """The same tensor; backward sums the gradients that the tensor-parallel ranks compute."""
+    entered: Tensor = copy_to_tensor_model_parallel_region(x, group=group)
+    return entered
 
 
 class ColumnLinear(ColumnParallelLinear):  # type: ignore[misc]
