@@ -1,4 +1,4 @@
-"""Start-up of a rank: DeepSpeed's environment, its process group, and the quiet around them.
+"""Start-up of a rank: DeepSpeed's import, its process group, and the quiet around them.
 
 Nothing is compiled. DeepSpeed builds a shared-memory collective on CPU (g++, half a minute, and
 a lock file that hangs the next start if the build is killed), but calls it only from its
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Mapping
 from datetime import timedelta
 
 import torch
@@ -37,23 +36,6 @@ def check_deepspeed() -> None:
             f"deepspeed {deepspeed.__version__} is installed, but checkpoints rely on internals of "
             f"{DEEPSPEED_VERSION}; run: pip install deepspeed=={DEEPSPEED_VERSION}"
         )
-
-
-def deepspeed_environment(ranks_per_host: int, environment: Mapping[str, str]) -> dict[str, str]:
-    """Variables a rank needs beyond the ones it inherits.
-
-    Args:
-        ranks_per_host: Ranks that share this machine's cores.
-        environment: What the rank inherits; a variable that is set there stays as it is.
-    """
-    cores = len(os.sched_getaffinity(0))
-    wanted = {
-        # gloo and the ranks' own threads fight for cores unless each rank has its share.
-        "OMP_NUM_THREADS": str(max(1, cores // ranks_per_host)),
-        # For DeepSpeed's runner, which asks before any of our code is imported.
-        "DS_ACCELERATOR": "cuda" if torch.cuda.is_available() else "cpu",
-    }
-    return {name: value for name, value in wanted.items() if name not in environment}
 
 
 def init_distributed(timeout: timedelta = timedelta(minutes=30)) -> None:

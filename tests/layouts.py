@@ -6,8 +6,11 @@
 ``walk`` runs in the ranks of ``dist.run_ranks``; everything a test looks at comes back by name.
 """
 
+import contextlib
+import io
 import json
 import os
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -166,8 +169,11 @@ def stop(engine):
     destroy_topology()
 
 
-def train(engine, topology, config, first, last):
-    """Steps [first, last): (loss of the global batch, gradient norm) of each."""
+def train(engine, topology, config, first, last, evaluating=False):
+    """Steps [first, last): (loss of the global batch, gradient norm) of each.
+
+    Evaluating before each step must change nothing, ZeRO-3's record of the modules included.
+    """
     layout, micro = topology.layout, config.batch.micro_batch
     rows = SEQ_LEN // layout.context
     mine = slice(topology.context_rank * rows, (topology.context_rank + 1) * rows)
@@ -175,6 +181,11 @@ def train(engine, topology, config, first, last):
     for step in range(first, last):
         set_learning_rate(engine, 1e-2 / (step + 1))
         ids, labels = global_batch(step)
+        if evaluating:
+            engine.eval()
+            with torch.no_grad():
+                engine(ids[:1, mine], labels[:1, mine])
+            engine.train()
         num_tokens = int((labels != -100).sum())
         total = torch.zeros((), dtype=torch.float64)
         for index in range(accumulation_steps(config, layout.data)):
@@ -194,10 +205,18 @@ def walk(rank, world, cases, elastic, folder):
 
     Returns:
         {"trained" | "resumed": {case name: history}, "elastic": {(writer, reader): history}}, and
-        what ``places.describe`` says in a world of 4.
+        what ``places.describe`` says in a world of 4, and what DeepSpeed printed.
     """
-    seen = {"trained": {}, "resumed": {}, "elastic": {}}
+    warnings.simplefilter("error")  # init_distributed filters what DeepSpeed cannot help
+    os.environ["TORCH_EXTENSIONS_DIR"] = f"{folder}/compiled"
     places = describe(rank) if world == 4 else None
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        seen = walk_cases(cases, elastic, folder)
+    return seen, places, said.getvalue()
+
+
+def walk_cases(cases, elastic, folder):
+    seen = {"trained": {}, "resumed": {}, "elastic": {}}
     for case in cases:
         config, place = tiny_config(case), Path(folder, str(case))
         topology, engine = start(case)
@@ -210,14 +229,14 @@ def walk(rank, world, cases, elastic, folder):
             seen["resumed"][str(case)] = go_on(case, place, place / "resumed")
     for writer, reader in elastic:
         seen["elastic"][str(writer), str(reader)] = go_on(reader, Path(folder, str(writer)), None)
-    return seen, places
+    return seen
 
 
 def go_on(case, source, target):
     """Load at SAVED_AT, train to the end, and save there; the steps' history."""
     topology, engine = start(case)
     load_fragments(engine, topology, source, SAVED_AT)
-    history = train(engine, topology, tiny_config(case), SAVED_AT, STEPS)
+    history = train(engine, topology, tiny_config(case), SAVED_AT, STEPS, evaluating=True)
     if target is not None:
         save_fragments(engine, topology, target)
     stop(engine)

@@ -10,7 +10,7 @@ from layouts import BF16, ELASTIC, FP32, walk
 def walked(tmp_path_factory):
     """(what every layout saw, the folder with one checkpoint per case)."""
     folder = tmp_path_factory.mktemp("walked")
-    seen = {"trained": {}, "resumed": {}, "elastic": {}}
+    seen = {"trained": {}, "resumed": {}, "elastic": {}, "said": ""}
     for world in (4, 2, 1):  # the larger worlds write what the smaller ones read
         cases = [case for case in FP32 + BF16 if case.world == world]
         elastic = [pair for pair in ELASTIC if pair[1].world == world]
@@ -19,5 +19,6 @@ def walked(tmp_path_factory):
         for kind, histories in ranks[0][0].items():
             seen[kind] |= histories
         if world == 4:
-            seen["places"] = [place for _, place in ranks]
+            seen["places"] = [rank[1] for rank in ranks]
+        seen["said"] += "".join(rank[2] for rank in ranks)
     return seen, folder

@@ -77,6 +77,12 @@ def test_clipping_is_at_work(plain):
     assert all(norm > tiny_config(Case(1, 1, 0)).optim.clip_norm for _, norm in plain[0])
 
 
+def test_the_engine_starts_without_a_word_and_without_a_compiler(walked):
+    seen, folder = walked
+    assert seen["said"] == ""
+    assert not (folder / "compiled").exists()
+
+
 def test_vectors_do_not_decay():
     model = tiny_model(None)
     decaying, still = parameter_groups(model, tiny_config(Case(1, 1, 0)).optim)
