@@ -37,7 +37,7 @@ PHASES = {
     "before_prune": 0,
 }
 STATE = {"seed": 7, "data": {"0": [1, 2, 3]}}
-LIMIT_S = 60
+LIMIT_S = 120
 
 
 class DyingStore(CheckpointStore):
