@@ -14,11 +14,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -73,6 +74,12 @@ class Job:
         dtype = str(self.dtype).removeprefix("torch.")
         kind = "plain" if self.plain else "full"
         return f"{self.kernel:11} {self.arch:6} {dtype:8} D={self.head_dim:<3} {kind:5}"
+
+
+# A tile known to spill: a check that lets it pass sees nothing.
+NEGATIVE_CONTROL = Job(
+    "global_grad", "sm_90", torch.float32, 64, tile=Tile(64, 16, num_warps=8, num_stages=1)
+)
 
 
 @dataclass(frozen=True)
@@ -215,10 +222,10 @@ def inspect_gcn(code: str) -> tuple[int, int, int, str]:
     return number("vgpr_count"), number("private_segment_fixed_size"), scratch, code
 
 
-def check(job: Job) -> Report:
-    """Compile one job and judge its machine code."""
+def check(job: Job, changed: Mapping[str, Any] = MappingProxyType({})) -> Report:
+    """Compile one job, with some arguments changed, and judge its machine code."""
     kernel, tile, arguments = kernel_and_arguments(job)
-    source = as_source(kernel, arguments)
+    source = as_source(kernel, {**arguments, **changed})
     compiled = triton.compile(source, target=TARGETS[job.arch], options=launch_options(tile))
     inspect = (
         inspect_gcn(compiled.asm["amdgcn"])
@@ -262,22 +269,32 @@ def check_all(jobs: Iterable[Job], workers: int) -> Iterator[Report]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Print one line per job; 0 when all pass, 1 otherwise."""
+    """Print one line per job; 0 when all pass and the negative control fails, 1 otherwise."""
     parser = argparse.ArgumentParser(
-        prog="python -m haloformer.kernels.compile_check", description=__doc__.split("\n")[0]
+        prog="python -m haloformer.kernels.compile_check",
+        description="Compile every attention kernel for every target; refuse code that spills.",
     )
     parser.add_argument("--arch", nargs="+", choices=ARCHITECTURES, default=ARCHITECTURES)
     parser.add_argument("--kernel", nargs="+", choices=KERNELS, default=KERNELS)
     parser.add_argument("--jobs", type=int, default=2, help="processes that compile (default 2)")
+    parser.add_argument("--control", action="store_true", help="only a tile that must be refused")
     options = parser.parse_args(argv)
+    if options.control:
+        report = check(NEGATIVE_CONTROL)
+        print(report)
+        return 1 if report.faults else 0
     jobs = [j for j in all_jobs() if j.arch in options.arch and j.kernel in options.kernel]
     started = time.monotonic()
     failed = 0
-    for report in check_all(jobs, options.jobs):
+    for report in check_all([*jobs, NEGATIVE_CONTROL], options.jobs):
+        if report.job == NEGATIVE_CONTROL:
+            continue
         failed += bool(report.faults)
         print(report, flush=True)
+    blind = not report.faults
+    print(f"negative control: {'PASSED, so the check is blind' if blind else 'refused'}")
     print(f"{len(jobs)} kernels, {failed} failed, {time.monotonic() - started:.0f} s")
-    return 1 if failed else 0
+    return 1 if failed or blind else 0
 
 
 if __name__ == "__main__":

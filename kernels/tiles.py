@@ -113,7 +113,7 @@ _TABLE["gfx942", 128, _SINGLE] = replace(
     _TABLE["gfx942", 128, _SINGLE], key_grad=Tile(32, 64, 8, 1)
 )
 # Small tiles, so that short sequences in tests have edge and interior tiles.
-_INTERPRETED = Tiles(Tile(32, 16, 1, 1), Tile(16, 16, 1, 1), Tile(16, 32, 1, 1), Tile(16, 16, 1, 1))
+_INTERPRETED = Tiles(Tile(32, 32, 1, 1), Tile(32, 16, 1, 1), Tile(16, 32, 1, 1), Tile(32, 16, 1, 1))
 
 
 def padded_dim(head_dim: int) -> int:
