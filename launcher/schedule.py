@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from haloformer.configs.schema import OptimConfig
 
 
@@ -24,4 +26,4 @@ def learning_rate(step: int, total_steps: int, config: OptimConfig) -> float:
         return peak
     remaining = (total_steps - step) / max(total_steps - config.warmup_steps, 1)
     power = 1.0 if config.schedule == "linear" else config.power
-    return end + (peak - end) * max(remaining, 0.0) ** power
+    return end + (peak - end) * math.pow(max(remaining, 0.0), power)

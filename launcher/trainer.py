@@ -131,10 +131,12 @@ class Trainer:
             **self.speed.rates(time.perf_counter() - start),
         }
         self._record(step + 1, values)
-        if not math.isfinite(loss):
+        # DeepSpeed passes over a step whose gradient is not finite, without a word.
+        norm = values["grad_norm"]
+        if not (math.isfinite(loss) and math.isfinite(norm)):
             raise ValueError(
-                f"step {step + 1}: the loss is {loss}; the newest checkpoint is from before it. "
-                "Resume with a lower optim.learning_rate or a smaller optim.clip_norm"
+                f"step {step + 1}: the loss is {loss} and the gradient norm {norm}; the newest "
+                "checkpoint is from before it: resume with a lower optim.learning_rate"
             )
         return stop_asked
 

@@ -4,9 +4,9 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import yaml
 
@@ -68,47 +68,61 @@ def haloformer(folder: Path, arguments: Sequence[str]) -> subprocess.CompletedPr
     )  # fmt: skip
 
 
-def start(folder: Path, arguments: Sequence[str]) -> subprocess.Popen[str]:
+@dataclass
+class Started:
+    """A command that is running, and the runs that were there before it."""
+
+    process: subprocess.Popen[str]
+    folder: Path
+    before: set[Path]
+
+    def run_dir(self) -> RunDir | None:
+        """The run that this command made or continues, None before it has."""
+        new = runs_of(self.folder) - self.before
+        return RunDir(new.pop()) if new else None
+
+    def wait_for_step(self, step: int) -> RunDir:
+        """Wait until a step of training is recorded; fails when the command ends before."""
+        deadline = time.monotonic() + LIMIT_S
+        while time.monotonic() < deadline:
+            run_dir = self.run_dir()
+            if run_dir is not None and max(losses(run_dir), default=0) >= step:
+                return run_dir
+            if self.process.poll() is not None:
+                raise AssertionError(f"ended early: {self.finish()}")
+            time.sleep(0.01)  # a poll interval; nothing depends on its length
+        self.process.kill()
+        raise AssertionError(f"no step {step} after {LIMIT_S} s: {self.finish()}")
+
+    def finish(self) -> tuple[int, str]:
+        """Wait for the end: exit code and output; the command is ended if it hangs."""
+        try:
+            output, _ = self.process.communicate(timeout=LIMIT_S)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.communicate()
+            raise
+        return self.process.returncode, output
+
+
+def start(folder: Path, arguments: Sequence[str]) -> Started:
     """Start a command and leave it running."""
-    return subprocess.Popen(
+    before = runs_of(folder)
+    process = subprocess.Popen(
         command(arguments), cwd=folder, env=_environment(), stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
+    return Started(process, folder, before)
 
 
-def finish(process: subprocess.Popen[str]) -> tuple[int, str]:
-    """Wait for a started command; end it if it hangs."""
-    try:
-        output, _ = process.communicate(timeout=LIMIT_S)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.communicate()
-        raise
-    return process.returncode, output
+def runs_of(folder: Path) -> set[Path]:
+    """Folders of all runs started so far."""
+    return set((folder / "runs").iterdir()) if (folder / "runs").is_dir() else set()
 
 
 def newest_run(folder: Path) -> RunDir:
     """The run that was started last."""
-    return RunDir(max((folder / "runs").iterdir(), key=lambda path: path.stat().st_mtime_ns))
-
-
-def wait_for_step(process: subprocess.Popen[str], folder: Path, step: int) -> RunDir:
-    """Wait until a running command has recorded a step of training."""
-    return wait_for(process, lambda: _reached(folder, step))
-
-
-def wait_for(process: subprocess.Popen[str], probe: Callable[[], Any]) -> Any:
-    """Poll until ``probe`` returns something; fails when the command ends or time is up."""
-    deadline = time.monotonic() + LIMIT_S
-    while time.monotonic() < deadline:
-        found = probe()
-        if found is not None:
-            return found
-        if process.poll() is not None:
-            raise AssertionError(f"ended early with {process.returncode}: {finish(process)[1]}")
-        time.sleep(0.01)  # a poll interval; nothing depends on its length
-    process.kill()
-    raise AssertionError(f"still waiting after {LIMIT_S} s: {finish(process)[1]}")
+    return RunDir(max(runs_of(folder), key=lambda path: path.stat().st_mtime_ns))
 
 
 def losses(run_dir: RunDir) -> dict[int, float]:
@@ -119,13 +133,6 @@ def losses(run_dir: RunDir) -> dict[int, float]:
 def held_out(run_dir: RunDir) -> dict[int, float]:
     """Held-out loss by step."""
     return {r["step"]: r["eval_loss"] for r in run_dir.read_metrics() if "eval_loss" in r}
-
-
-def _reached(folder: Path, step: int) -> RunDir | None:
-    if not (folder / "runs").is_dir() or not any((folder / "runs").iterdir()):
-        return None
-    run_dir = newest_run(folder)
-    return run_dir if max(losses(run_dir), default=0) >= step else None
 
 
 def _environment() -> dict[str, str]:

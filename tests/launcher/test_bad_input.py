@@ -96,8 +96,10 @@ def test_nothing_to_resume_is_said(project: Path, refused) -> None:
 def test_shards_of_another_tokenizer_are_refused(project: Path, refused) -> None:
     done = haloformer(
         project,
-        ["prepare", "--input", "texts", "--format", "text", "--tokenizer", "train:300"]
-        + ["--output", "other"],
+        [
+            *("prepare", "--input", "texts", "--format", "text", "--tokenizer", "train:300"),
+            *("--output", "other"),
+        ],
     )
     assert done.returncode == 0, done.stderr
     assert "tokenizer" in refused("train", "tiny.yaml", "data.eval=other/eval")

@@ -7,13 +7,11 @@ from pathlib import Path
 import pytest
 
 from launcher_runs import (
-    finish,
     haloformer,
     held_out,
     losses,
     newest_run,
     start,
-    wait_for_step,
     write_project,
 )
 
@@ -57,10 +55,10 @@ def test_a_whole_run_learns_evaluates_checkpoints_and_says_what_next(
 def test_kill_9_of_a_rank_then_resume_gives_the_same_losses_bit_for_bit(
     project: Path, whole: tuple[dict[int, float], str]
 ) -> None:
-    process = start(project, ["train", "tiny.yaml", *RANKS])
-    run_dir = wait_for_step(process, project, 11)
+    started = start(project, ["train", "tiny.yaml", *RANKS])
+    run_dir = started.wait_for_step(11)
     os.kill(run_dir.rank_pids()[1], signal.SIGKILL)
-    code, output = finish(process)
+    code, output = started.finish()
     assert code == 1
     assert "failed" in output and "--resume" in output
     assert max(losses(run_dir)) < 24, "the run ended before it was killed"
@@ -73,10 +71,10 @@ def test_kill_9_of_a_rank_then_resume_gives_the_same_losses_bit_for_bit(
 def test_ctrl_c_checkpoints_and_another_layout_goes_on_with_the_same_losses(
     project: Path, whole: tuple[dict[int, float], str]
 ) -> None:
-    process = start(project, ["train", "tiny.yaml", *RANKS])
-    run_dir = wait_for_step(process, project, 5)
-    process.send_signal(signal.SIGINT)
-    code, output = finish(process)
+    started = start(project, ["train", "tiny.yaml", *RANKS])
+    run_dir = started.wait_for_step(5)
+    started.process.send_signal(signal.SIGINT)
+    code, output = started.finish()
     assert code == 0, output
     state = run_dir.read_state()
     assert state is not None and state[0] == "stopped" and 5 <= state[1] < 24
