@@ -6,12 +6,13 @@ STAMP := $(VENV)/.installed
 SOURCES := kernels model launcher data_pipeline configs
 ENWIKI := data/raw/enwiki-slice.xml.bz2
 
-.PHONY: setup train test lint format bench clean help
+.PHONY: setup train test lint format bench compile-check clean help
 
 help:
 	@echo 'make train   fetch and prepare the demo text, train on 2 sequence-parallel ranks'
 	@echo 'make test    all default tests (no GPU, no network beyond the package index)'
 	@echo 'make lint    ruff, mypy, import layers, file sizes'
+	@echo 'make compile-check   every attention kernel for sm_80, sm_90 and gfx942, without a GPU'
 	@echo 'make clean   remove .venv, data and caches; runs and mlflow.db stay'
 
 setup: $(STAMP)
@@ -43,6 +44,9 @@ lint: $(STAMP)
 	@$(BIN)/mypy -p haloformer
 	@$(BIN)/lint-imports
 	@$(BIN)/python tests/file_sizes.py
+
+compile-check: $(STAMP)
+	@$(BIN)/python -m haloformer.kernels.compile_check
 
 format: $(STAMP)
 	@$(BIN)/ruff check --fix .

@@ -83,7 +83,7 @@ _TABLE: dict[tuple[str, int, str], Tiles] = {
     ),
     ("sm_90", 128, _HALF): Tiles(
         forward=Tile(128, 64, 8, 2),
-        query_grad=Tile(64, 64, 8, 2),
+        query_grad=Tile(128, 32, 8, 2),
         key_grad=Tile(32, 64, 8, 2),
         global_grad=Tile(64, 16, 4, 2),
     ),
@@ -110,7 +110,7 @@ for _dim in PADDED_DIMS:
             global_grad=Tile(64, 16, 4, 1),
         )
 _TABLE["gfx942", 128, _SINGLE] = replace(
-    _TABLE["gfx942", 128, _SINGLE], key_grad=Tile(32, 64, 8, 1)
+    _TABLE["gfx942", 128, _SINGLE], key_grad=Tile(16, 64, 4, 1)
 )
 # Small tiles, so that short sequences in tests have edge and interior tiles.
 _INTERPRETED = Tiles(Tile(32, 32, 1, 1), Tile(32, 16, 1, 1), Tile(16, 32, 1, 1), Tile(32, 16, 1, 1))
