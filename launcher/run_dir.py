@@ -44,8 +44,9 @@ class RunDir:
         self.path = path
 
     def create(self) -> None:
-        """Make the folder, and forget the ranks of an earlier start."""
+        """Make the folder, and forget the ranks and the end of an earlier start."""
         (self.path / "ranks").mkdir(parents=True, exist_ok=True)
+        self._state_file.unlink(missing_ok=True)
         for pid_file in (self.path / "ranks").iterdir():
             pid_file.unlink()
 
@@ -63,6 +64,10 @@ class RunDir:
     def curve_file(self) -> Path:
         """The loss curve."""
         return self.path / "loss.png"
+
+    @property
+    def _state_file(self) -> Path:
+        return self.path / "state.json"
 
     @property
     def staging(self) -> Path:
@@ -92,14 +97,13 @@ class RunDir:
 
     def write_state(self, state: State, step: int) -> None:
         """Say how far the run came and whether it goes on."""
-        write_json_atomically(self.path / "state.json", {"state": state, "step": step})
+        write_json_atomically(self._state_file, {"state": state, "step": step})
 
     def read_state(self) -> tuple[State, int] | None:
         """The last state written, None before the first."""
-        file = self.path / "state.json"
-        if not file.exists():
+        if not self._state_file.exists():
             return None
-        record = json.loads(file.read_text(encoding="utf-8"))
+        record = json.loads(self._state_file.read_text(encoding="utf-8"))
         return record["state"], record["step"]
 
     def read_metrics(self) -> list[dict[str, Any]]:

@@ -68,7 +68,12 @@ def experiment_of(client: MlflowClient, config: TrackingConfig) -> Experiment:
     location = config.artifacts
     if location is None and client.tracking_uri.startswith("sqlite:"):
         location = str(Path("mlruns").resolve())
-    client.create_experiment(config.experiment, artifact_location=location)
+    # Without the tag MLflow 3 files training runs under its pages for language-model evaluation.
+    client.create_experiment(
+        config.experiment,
+        artifact_location=location,
+        tags={"mlflow.experimentKind": "custom_model_development"},
+    )
     created = client.get_experiment_by_name(config.experiment)
     assert created is not None
     return created

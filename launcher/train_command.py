@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 from pathlib import Path
 
 from mlflow import MlflowClient
@@ -20,9 +21,10 @@ from haloformer.launcher.sources import check_data
 
 RUNS = Path("runs")
 
-# What may differ between a run and its continuation: none of it changes what a step computes.
+# What may differ between a run and its continuation: none of it changes what a step computes,
+# but for steps, which move the learning rate of the steps to come as people want by it.
 _FREE_ON_RESUME = (
-    *("parallel", "checkpoint", "eval", "tracking"),
+    *("parallel.", "checkpoint.", "eval.", "tracking.", "steps"),
     *("batch.micro_batch", "data.on_corrupt"),
 )
 
@@ -75,7 +77,13 @@ def run(arguments: argparse.Namespace) -> int:
     )
     _announce(config, vocab_size, ranks, run_id, step)
     code = launch_ranks(run_dir, ranks, port)
-    return _report(client, arguments, config, run_dir, run_id, code)
+    outcome = _outcome(run_dir, code)
+    if code != 0:
+        client.set_terminated(run_id, "FAILED")
+    _report(client, config, run_dir, run_id, outcome)
+    again = _continuation(arguments, config, ranks, run_id, outcome)
+    print(f"  to go on     {again}")
+    return code if code in (0, 2) else 1
 
 
 def _resume_point(client: MlflowClient, config: TrainConfig, wanted: str) -> tuple[str, int]:
@@ -114,8 +122,6 @@ def _check_same(config: TrainConfig, saved: dict[str, object], run_id: str) -> N
         for key in sorted(now.keys() | then.keys())
         if now.get(key) != then.get(key) and not key.startswith(_FREE_ON_RESUME)
     ]
-    # More steps move the learning rate of the steps to come, which is what people want by it.
-    changed = [line for line in changed if not line.startswith("steps ")]
     if changed:
         raise ValueError(
             f"--resume {run_id}: the recipe has changed: {'; '.join(changed)}; "
@@ -136,32 +142,41 @@ def _announce(
     )
 
 
-def _report(
-    client: MlflowClient,
-    arguments: argparse.Namespace,
-    config: TrainConfig,
-    run_dir: RunDir,
-    run_id: str,
-    code: int,
-) -> int:
+def _outcome(run_dir: RunDir, code: int) -> str:
+    """How the ranks ended: finished, stopped after a step, or failed."""
     state = run_dir.read_state()
     if code != 0:
-        client.set_terminated(run_id, "FAILED")
-    curve = write_curve(run_dir.read_metrics(), config.name, run_dir.curve_file)
-    if curve is None:
+        return f"failed with exit code {code}"
+    assert state is not None, "ranks that end well say how far they came"
+    return "finished" if state[0] == "finished" else f"stopped after step {state[1]}"
+
+
+def _report(
+    client: MlflowClient, config: TrainConfig, run_dir: RunDir, run_id: str, outcome: str
+) -> None:
+    """Draw the curve and say where everything is."""
+    fault = write_curve(run_dir.read_metrics(), config.name, run_dir.curve_file)
+    if fault is None:
         client.log_artifact(run_id, str(run_dir.curve_file))
     steps = [entry.step for entry in Catalog(client, run_id).committed()]
-    resume = " ".join(
-        ["haloformer train", arguments.config, *arguments.overrides, "--resume", run_id]
-    )
-    outcome = f"failed with exit code {code}" if code else "finished"
-    if code == 0 and state is not None and state[0] == "stopped":
-        outcome = f"stopped after step {state[1]}"
     print(f"\nrun {run_id} {outcome}")
     print(f"  checkpoints  {', '.join(f'step {step}' for step in steps) or 'none'}")
-    print(f"  loss curve   {run_dir.curve_file if curve is None else curve}")
-    print(f"  MLflow       mlflow ui --backend-store-uri {client.tracking_uri}")
-    print(f"  resume       {resume}" + ("" if steps else "   (once there is a checkpoint)"))
-    if code == 0:
-        return 0
-    return 2 if code == 2 else 1
+    print(f"  loss curve   {run_dir.curve_file if fault is None else fault}")
+    print(f"  MLflow       {_program('mlflow')} ui --backend-store-uri {client.tracking_uri}")
+
+
+def _continuation(
+    arguments: argparse.Namespace, config: TrainConfig, ranks: int, run_id: str, outcome: str
+) -> str:
+    """The command that goes on with this run; a finished one needs more steps."""
+    words = [_program("haloformer"), "train", arguments.config, *arguments.overrides]
+    if outcome == "finished":
+        words = [word for word in words if not word.startswith("steps=")]
+        words.append(f"steps={config.steps * 2}")
+    return " ".join([*words, "--ranks", str(ranks), "--resume", run_id])
+
+
+def _program(name: str) -> str:
+    """A command as the user can type it here: beside the one that was typed."""
+    typed = Path(sys.argv[0])
+    return str(typed.with_name(name)) if typed.name == "haloformer" else name
