@@ -114,6 +114,12 @@ _TABLE["gfx942", 128, _SINGLE] = replace(
 )
 # Small tiles, so that short sequences in tests have edge and interior tiles.
 _INTERPRETED = Tiles(Tile(32, 32, 1, 1), Tile(32, 16, 1, 1), Tile(16, 32, 1, 1), Tile(32, 16, 1, 1))
+_INTERPRETED_LEAN = Tiles(
+    Tile(32, 32, 1, 1, lean=True),
+    Tile(32, 16, 1, 1, lean=True),
+    Tile(16, 32, 1, 1, lean=True),
+    Tile(32, 16, 1, 1, lean=True),
+)
 
 
 def padded_dim(head_dim: int) -> int:
@@ -130,7 +136,9 @@ def tiles_for(arch: str, head_dim: int, dtype: torch.dtype) -> Tiles:
         dtype: float32, float16 or bfloat16.
     """
     if arch == INTERPRETER:
-        return _INTERPRETED
+        # Lean where it is lean on a GPU: wide fp32 heads.
+        wide = dtype == torch.float32 and padded_dim(head_dim) == 128
+        return _INTERPRETED_LEAN if wide else _INTERPRETED
     size = _SINGLE if dtype == torch.float32 else _HALF
     return _TABLE[arch, max(64, padded_dim(head_dim)), size]
 

@@ -143,8 +143,8 @@ def check_case(case: Case, dtype: torch.dtype, device: str) -> dict[str, object]
         scale = float(y.abs().max().clamp(min=1.0))
         error = float((x.double() - y).abs().nan_to_num(nan=torch.inf).max()) / scale
         base = float((z.double() - y).abs().max()) / scale
-        # Three tf32 products and exp2 cost fp32 a few more roundings than the dense maths.
-        floor = torch.finfo(dtype).eps * (16 if dtype == torch.float32 else 1)
+        # For gradients that cancel (see check_against_loops in interpreted_triton.py).
+        floor = torch.finfo(dtype).eps * (32 if dtype == torch.float32 else 4)
         errors[name] = (error, base)
         ok = ok and error <= (2 if name == "out" else 3) * base + floor
     return {"case": str(case), "dtype": str(dtype), "errors": errors, "ok": ok}

@@ -24,6 +24,22 @@ MORE_CASES = (
     BandCase("interior tiles", 130, (70, 30), (70, 45), (1, 2), head_dim=16, masked=0.1),
     BandCase("interior tiles, dropout", 97, (60,), (60,), (1,), 16, dropout=0.3, segments=True),
     BandCase("33 globals and one row", 1, (1,), (1,), (1,), 16, num_globals=33, dropout=0.2),
+    BandCase("globals summed in two parts", 530, (1,), (1,), (1,), 16, num_globals=2),
+    BandCase(
+        "wide heads, everything",
+        40,
+        (9, 4),
+        (9, 0),
+        (1, 2),
+        head_dim=72,
+        halo=(5, 4),
+        missing=(2, 0),
+        num_globals=3,
+        masked=0.2,
+        segments=True,
+        global_segments=True,
+        dropout=0.25,
+    ),
     BandCase("fewer rows than the dilation", 3, (2,), (2,), (7,), halo=(15, 15)),
 )
 SMALL = BandCase(
@@ -62,7 +78,9 @@ def check_against_loops(case, dtype):
     truth = truth_of_band(case, dtype)
     errors = relative_errors(case.run(fused.window_attention, dtype), truth)
     plain = relative_errors(case.run(reference.window_attention, dtype), truth)
-    floor = 8 * torch.finfo(dtype).eps if dtype == torch.float32 else torch.finfo(dtype).eps
+    # The floor is for gradients that cancel: dP - dO.O is exactly 0 where a row sees one key. The
+    # loops find that 0; a fused kernel, which has O only as rounded, finds what rounding left.
+    floor = (32 if dtype == torch.float32 else 4) * torch.finfo(dtype).eps
     for name, error in errors.items():
         bound = (3 if name.startswith("d_") else 2) * plain[name] + floor
         assert error <= bound, f"{case} {dtype} {name}: {error:.2e} > {bound:.2e}"
