@@ -159,6 +159,15 @@ def test_each_side_sends_its_reach_and_no_row_more(results):
     assert seen > 600
 
 
+def test_every_rank_reduces_the_same_whatever_it_owns(results):
+    """A rank that skipped a call for want of global tokens would leave the others waiting."""
+    for index, (case, size) in enumerate(results.jobs):
+        job = (index, torch.float64)
+        counts = {found[job][1].reduced_bytes for found in results.found if job in found}
+        assert len(counts) == 1
+        assert (counts != {0}) == (size > 1 and any(case.globals_))
+
+
 def test_padding_gets_zeros_and_no_gradient(results):
     for index, (case, _) in enumerate(results.jobs[: len(results.jobs) - 300]):
         out, d_query, d_key, d_value, _, d_global_key, d_global_value = results.whole(
@@ -174,6 +183,18 @@ def test_dropout_is_the_same_for_every_number_of_ranks(results):
     case = next(case for case in LAYER_CASES if case.name == "dropout")
     whole, kept = results.truths[case.name][0], LayerCase(**{**vars(case), "dropout": 0.0})
     assert (whole - kept.truth()[0]).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision_layers_are_as_good_as_their_rounding(dtype):
+    for case in LAYER_CASES:
+        if case.dropout == 0.0:
+            found, _ = run_shard(case, dtype, None, 0, 1)
+            for x, y in zip(found, case.truth(), strict=True):
+                assert x.dtype == dtype
+                if x.numel():
+                    error = (x.double() - y).abs().max() / y.abs().max().clamp(min=1.0)
+                    assert error < 8 * torch.finfo(dtype).eps, case
 
 
 SHARD = {
