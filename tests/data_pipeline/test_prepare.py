@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import argparse
+import bz2
 import fcntl
 import itertools
 import json
@@ -198,6 +199,28 @@ def test_too_little_disk_is_refused_with_both_numbers(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"MiB are needed and \d+ MiB are free"):
         check_free_disk(tmp_path / "not" / "there", 1 << 62)
     check_free_disk(tmp_path / "not" / "there", 1)
+
+
+@pytest.mark.root
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small file system needs root")
+def test_a_disk_that_fills_up_while_writing_is_one_line_and_leaves_nothing(tmp_path) -> None:
+    small = tmp_path / "small"
+    small.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=200k", "tmpfs", str(small)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode != 0:
+        pytest.skip("this machine does not let us mount a tmpfs")
+    try:
+        path = tmp_path / "x.txt.bz2"  # shrinks more than the estimate thinks, so writing begins
+        path.write_bytes(bz2.compress(b"word " * 100_000))
+        with pytest.raises(DataError, match=r"out: cannot go on: .* check free disk"):
+            run(path, source_format="text", holdout=0.0, output=small / "out")
+        assert list(small.iterdir()) == []
+        path = tmp_path / "y.txt"  # what cannot fit is refused before anything is written
+        path.write_bytes(b"word " * 100_000)
+        with pytest.raises(DataError, match=r"MiB are needed and 0 MiB are free"):
+            run(path, source_format="text", holdout=0.0, output=small / "out")
+    finally:
+        subprocess.run(["umount", str(small)], check=True)
 
 
 def test_progress_reaches_the_end_of_the_input(corpus: Path) -> None:

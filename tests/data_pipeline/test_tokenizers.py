@@ -16,7 +16,11 @@ from haloformer.data_pipeline.tokenizers import (
     train_bpe,
 )
 
-CORPUS = ["the window slides over the long document\n" * 20, "Grüße, 漢字, 🙂 and <mask> <s>" * 9]
+CORPUS = [
+    "the window slides over the long document\n" * 20,
+    "x" + " " * 40 + "y\n",
+    "Grüße, 漢字, 🙂 and <mask> <s>" * 9,
+]
 ODD_TEXTS = ["", " ", "\n\n  x", "naïve 漢字 🙂\r\n\ttabs", "\x00\x01", "<s><pad></s><unk><mask>"]
 
 
@@ -51,9 +55,11 @@ def test_training_is_repeatable_and_the_hash_tells_tokenizers_apart(bpe: BpeToke
 def test_long_text_is_cut_where_it_makes_no_difference(bpe: BpeTokenizer) -> None:
     draw = np.random.default_rng(0)
     words = ["the", " ", "  ", "\n", "window", "漢", ",", " \n ", "1", "\u00a0"]
-    text = "".join(draw.choice(words, 400_000))
+    text = "".join(draw.choice(words, 220_000))
     assert bpe.encode(text).tolist() == bpe.engine.encode(text).ids
-    text = "x" * 300_000
+    text = ("the" + " " * 50) * 5_000  # blanks run over the cut
+    assert bpe.encode(text).tolist() == bpe.engine.encode(text).ids
+    text = "x" * 263_000
     assert bpe.encode(text).tolist() == bpe.engine.encode(text).ids
 
 
