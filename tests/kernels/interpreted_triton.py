@@ -78,11 +78,14 @@ def check_against_loops(case, dtype):
     truth = truth_of_band(case, dtype)
     errors = relative_errors(case.run(fused.window_attention, dtype), truth)
     plain = relative_errors(case.run(reference.window_attention, dtype), truth)
-    # The floor is for gradients that cancel: dP - dO.O is exactly 0 where a row sees one key. The
-    # loops find that 0; a fused kernel, which has O only as rounded, finds what rounding left.
-    floor = (32 if dtype == torch.float32 else 4) * torch.finfo(dtype).eps
+    eps = torch.finfo(dtype).eps
     for name, error in errors.items():
-        bound = (3 if name.startswith("d_") else 2) * plain[name] + floor
+        if name.startswith("d_"):
+            # Gradients cancel: dP - dO.O is exactly 0 where a row sees one key. The loops find that
+            # 0; a fused kernel, which has O only as rounded, finds what the rounding left.
+            bound = 3 * plain[name] + (32 if dtype == torch.float32 else 4) * eps
+        else:
+            bound = 2 * plain[name] + (8 if dtype == torch.float32 else 1) * eps
         assert error <= bound, f"{case} {dtype} {name}: {error:.2e} > {bound:.2e}"
 
 
