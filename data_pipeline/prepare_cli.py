@@ -34,6 +34,13 @@ document; to train on a dump as it is, markup and all, give the .xml as text."""
 _LINE_EVERY_S = 5.0
 
 
+def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Register ``prepare``."""
+    parser = commands.add_parser("prepare", help="turn text into tar shards of tokens")
+    add_arguments(parser)
+    parser.set_defaults(run_command=run)
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of ``prepare`` to a parser, with help and an example."""
     parser.description = DESCRIPTION

@@ -18,11 +18,10 @@ import os
 import zlib
 from pathlib import Path
 from types import TracebackType
-from typing import IO
+from typing import IO, TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
-from webdataset.writer import ShardWriter
 
 from haloformer.data_pipeline.files import fsync_folder, write_atomic
 from haloformer.data_pipeline.index import (
@@ -33,6 +32,9 @@ from haloformer.data_pipeline.index import (
     save_index,
 )
 from haloformer.data_pipeline.tokenizers import Tokenizer
+
+if TYPE_CHECKING:
+    from webdataset.writer import ShardWriter
 
 _BLOCK = 512
 _UNLIMITED = 1 << 62
@@ -149,6 +151,9 @@ class DatasetWriter:
         return save_index(self._folder, self._shards, self._dtype.str, self._tokenizer)
 
     def _open(self) -> ShardWriter:
+        # webdataset imports torch: two seconds that only writing is worth.
+        from webdataset.writer import ShardWriter
+
         return ShardWriter(
             str(self._folder).replace("%", "%%") + "/shard-%06d.tar",
             maxcount=_UNLIMITED,

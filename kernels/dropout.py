@@ -157,6 +157,9 @@ def hidden_dropout(
     rows = torch.arange(first_row, first_row + x.shape[1], device=x.device)
     columns = torch.arange(x.shape[2], device=x.device)
     keep = keep_mask(
-        hash_bases(key, sample_ids, (0,))[:, :, None], rows[None, :, None], columns[None, None, :], rate
+        hash_bases(key, sample_ids, (0,))[:, :, None],
+        rows[None, :, None],
+        columns[None, None, :],
+        rate,
     )
     return torch.where(keep, x * (1.0 / (1.0 - rate)), 0.0)

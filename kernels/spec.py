@@ -106,7 +106,9 @@ class WindowSpec:
     def groups_by_reach(self) -> list[tuple[int, ...]]:
         """Heads that need the same halo, first appearance first: they share one exchange."""
         groups: dict[tuple[int, int], list[int]] = {}
-        for h, (left, right, d) in enumerate(zip(self.left, self.right, self.dilation, strict=True)):
+        for h, (left, right, d) in enumerate(
+            zip(self.left, self.right, self.dilation, strict=True)
+        ):
             groups.setdefault((left * d, right * d), []).append(h)
         return [tuple(heads) for heads in groups.values()]
 

@@ -6,16 +6,24 @@ Exit codes: 0 done, 2 something to correct in what was given, 1 a fault of ours.
 from __future__ import annotations
 
 import argparse
+import importlib
 import sys
 from collections.abc import Sequence
 
 from haloformer import __version__
-from haloformer.data_pipeline import prepare_cli
-from haloformer.launcher import checkpoints_command, doctor, train_command
+
+# Each module has ``add_command(commands)``. Only the one that is asked for is imported: the
+# others would bring MLflow or torch along, seconds that `prepare` or `--help` need not wait.
+COMMANDS = {
+    "prepare": "haloformer.data_pipeline.prepare_cli",
+    "train": "haloformer.launcher.train_command",
+    "checkpoints": "haloformer.launcher.checkpoints_command",
+    "doctor": "haloformer.launcher.doctor",
+}
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """All commands; each brings its arguments and its function along."""
+def build_parser(wanted: str | None) -> argparse.ArgumentParser:
+    """The parser of one command, or of all when it is none of them."""
     parser = argparse.ArgumentParser(
         prog="haloformer",
         description="Train Longformer on long documents, with the sequence sharded over ranks.",
@@ -23,11 +31,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"haloformer {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    prepare = commands.add_parser("prepare", help="turn text into tar shards of tokens")
-    prepare_cli.add_arguments(prepare)
-    prepare.set_defaults(run_command=prepare_cli.run)
-    for module in (train_command, checkpoints_command, doctor):
-        module.add_command(commands)
+    for name, module in COMMANDS.items():
+        if wanted not in COMMANDS or name == wanted:
+            importlib.import_module(module).add_command(commands)
     return parser
 
 
@@ -37,7 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code; a ValueError is the user's to correct and becomes one line.
     """
-    arguments = build_parser().parse_args(argv)
+    words = sys.argv[1:] if argv is None else list(argv)
+    arguments = build_parser(words[0] if words else None).parse_args(words)
     try:
         code: int = arguments.run_command(arguments)
     except ValueError as error:

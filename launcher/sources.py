@@ -6,10 +6,11 @@ from pathlib import Path
 
 from haloformer.configs.schema import TrainConfig
 from haloformer.data_pipeline.index import load_index
+from haloformer.data_pipeline.reader import check_sizes
 
 
 def check_data(config: TrainConfig) -> int:
-    """Read both indexes and compare their tokenizers.
+    """Read both indexes, compare their tokenizers, and see that the shards are whole.
 
     Returns:
         Entries of the vocabulary.
@@ -20,4 +21,7 @@ def check_data(config: TrainConfig) -> int:
     train = load_index(Path(config.data.train))
     held_out = load_index(Path(config.data.eval))
     held_out.check_tokenizer(train.tokenizer_sha256, f"the training data {config.data.train}")
+    if config.data.on_corrupt == "stop":  # to skip, the ranks have to look at every sample
+        check_sizes(train)
+        check_sizes(held_out)
     return train.vocab_size

@@ -166,8 +166,8 @@ class Trainer:
             )
 
     def _bits_per_char(self, loss: float) -> float:
-        """Nats per token -> bits per byte of source text."""
-        return loss / math.log(2.0) / self.train.index.bytes_per_token
+        """Nats per token -> bits per character of source text."""
+        return loss / math.log(2.0) / self.train.index.characters_per_token
 
     def _record(self, step: int, values: dict[str, float]) -> None:
         if self.tracker is None or self.progress is None:

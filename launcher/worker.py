@@ -91,6 +91,8 @@ def run(run_dir: RunDir, stop: StopRequest) -> None:
         speed=_speed(config, train.index.vocab_size, topology),
     )
     with trainer.progress or contextlib.nullcontext():
+        if trainer.progress is not None:
+            trainer.progress.say(f"{dist.get_world_size()} ranks are up, training")
         trainer.run(step)
     dist.barrier()
     dist.destroy_process_group()
