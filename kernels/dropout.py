@@ -138,7 +138,12 @@ def keep_mask(bases: Tensor, rows: Tensor, columns: Tensor, rate: float) -> Tens
 
 
 def hidden_dropout(
-    x: Tensor, rate: float, key: int, sample_ids: Tensor, first_row: int = 0
+    x: Tensor,
+    rate: float,
+    key: int,
+    sample_ids: Tensor,
+    first_row: int = 0,
+    first_column: int = 0,
 ) -> Tensor:
     """Drop features of hidden states by (sample, token position, feature).
 
@@ -148,6 +153,7 @@ def hidden_dropout(
         key: Key of the site, from :func:`fold_key`.
         sample_ids: [B] int64, the place of each example in the global batch.
         first_row: Position in the whole sequence of row 0.
+        first_column: Number of feature 0 where tensor parallelism splits the features.
 
     Returns:
         [B, N, E] in the dtype of ``x``; ``x`` itself when the rate is 0.
@@ -155,7 +161,7 @@ def hidden_dropout(
     if rate == 0.0:
         return x
     rows = torch.arange(first_row, first_row + x.shape[1], device=x.device)
-    columns = torch.arange(x.shape[2], device=x.device)
+    columns = torch.arange(first_column, first_column + x.shape[2], device=x.device)
     keep = keep_mask(
         hash_bases(key, sample_ids, (0,))[:, :, None],
         rows[None, :, None],

@@ -56,12 +56,19 @@ class TargetRows:
         return self.shard.rank * self.num_rows
 
     def drop(
-        self, x: Tensor, rate: float, step: DropoutStep | None, layer: int, site: Site
+        self,
+        x: Tensor,
+        rate: float,
+        step: DropoutStep | None,
+        layer: int,
+        site: Site,
+        first_column: int = 0,
     ) -> Tensor:
         """Stateless dropout of hidden states [B, t, E] at a site; none without a step."""
         if step is None:
             return x
-        return hidden_dropout(x, rate, step.key(layer, site), self.shard.sample_ids, self.first_row)
+        key, ids = step.key(layer, site), self.shard.sample_ids
+        return hidden_dropout(x, rate, key, ids, self.first_row, first_column)
 
 
 class DecoderAttention(nn.Module):
@@ -176,6 +183,7 @@ class DecoderLayer(nn.Module):
         self.attention_norm = nn.LayerNorm(size)
         self.cross = DecoderCrossAttention(config, layer, Site.CROSS_ATTENTION, tensor_group)
         self.cross_norm = nn.LayerNorm(size)
+        self.features = tensor_share(config.decoder_ffn_size, "decoder features", tensor_group)
         self.ffn_in = column_linear(size, config.decoder_ffn_size, std, tensor_group)
         self.ffn_out = row_linear(config.decoder_ffn_size, size, std, tensor_group)
         self.ffn_norm = nn.LayerNorm(size)
@@ -202,7 +210,8 @@ class DecoderLayer(nn.Module):
     ) -> Float[Tensor, "b t e"]:
         """The feed-forward part, [B, t, E] -> [B, t, E]."""
         inner = functional.gelu(self.ffn_in(hidden))
-        inner = target.drop(inner, self.activation_dropout, step, self.layer, Site.FFN_INNER)
+        rate, first = self.activation_dropout, self.features.start
+        inner = target.drop(inner, rate, step, self.layer, Site.FFN_INNER, first)
         output = self.ffn_out(inner)
         output = target.drop(output, self.dropout, step, self.layer, Site.FFN_OUTPUT)
         normed: Tensor = self.ffn_norm(hidden + output)

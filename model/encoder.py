@@ -14,7 +14,13 @@ from haloformer.kernels.sharded import SequenceShard
 from haloformer.kernels.spec import WindowSpec
 from haloformer.model.attention import LongformerSelfAttention
 from haloformer.model.dropout_sites import DropoutStep, Site
-from haloformer.model.layers import column_linear, normal_initializer, row_linear, vocab_embedding
+from haloformer.model.layers import (
+    column_linear,
+    plain_embedding,
+    row_linear,
+    tensor_share,
+    vocab_embedding,
+)
 from haloformer.model.positions import roberta_positions
 from haloformer.model.recompute import recomputed
 
@@ -30,10 +36,8 @@ class Embeddings(nn.Module):
         self.dropout = config.hidden_dropout
         self.word_embeddings = vocab_embedding(vocab_size, size, std, tensor_group)
         self.padding_position = config.padding_position
-        self.position_embeddings = nn.Embedding(config.num_position_rows, size)
-        self.token_type_embeddings = nn.Embedding(config.type_vocab_size, size)
-        for embedding in (self.position_embeddings, self.token_type_embeddings):
-            normal_initializer(std)(embedding.weight.data)
+        self.position_embeddings = plain_embedding(config.num_position_rows, size, std)
+        self.token_type_embeddings = plain_embedding(config.type_vocab_size, size, std)
         self.norm = nn.LayerNorm(size, eps=config.layer_norm_eps)
 
     def forward(
@@ -77,6 +81,7 @@ class EncoderLayer(nn.Module):
             tensor_group=tensor_group,
         )
         self.attention_norm = nn.LayerNorm(size, eps=config.layer_norm_eps)
+        self.features = tensor_share(config.ffn_size, "feed-forward features", tensor_group)
         self.ffn_in = column_linear(size, config.ffn_size, std, tensor_group)
         self.ffn_out = row_linear(config.ffn_size, size, std, tensor_group)
         self.ffn_norm = nn.LayerNorm(size, eps=config.layer_norm_eps)
@@ -96,7 +101,15 @@ class EncoderLayer(nn.Module):
     ) -> Float[Tensor, "b n e"]:
         """The feed-forward half, [B, n, E] -> [B, n, E]."""
         inner = functional.gelu(self.ffn_in(hidden))
-        inner = drop(inner, self.activation_dropout, step, self.layer, Site.FFN_INNER, shard)
+        inner = drop(
+            inner,
+            self.activation_dropout,
+            step,
+            self.layer,
+            Site.FFN_INNER,
+            shard,
+            first_column=self.features.start,
+        )
         output = self.ffn_out(inner)
         output = drop(output, self.dropout, step, self.layer, Site.FFN_OUTPUT, shard)
         normed: Tensor = self.ffn_norm(hidden + output)
@@ -141,9 +154,16 @@ class LongformerEncoder(nn.Module):
 
 
 def drop(
-    x: Tensor, rate: float, step: DropoutStep | None, layer: int, site: Site, shard: SequenceShard
+    x: Tensor,
+    rate: float,
+    step: DropoutStep | None,
+    layer: int,
+    site: Site,
+    shard: SequenceShard,
+    first_column: int = 0,
 ) -> Tensor:
     """Stateless dropout of hidden states [B, n, E] at a site; none without a step."""
     if step is None:
         return x
-    return hidden_dropout(x, rate, step.key(layer, site), shard.sample_ids, shard.first_row)
+    key = step.key(layer, site)
+    return hidden_dropout(x, rate, key, shard.sample_ids, shard.first_row, first_column)

@@ -7,12 +7,14 @@ group works in any training loop, with no process group and no megatron import.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 Initializer = Callable[[Tensor], Tensor]
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 
 def normal_initializer(std: float) -> Initializer:
@@ -92,9 +94,7 @@ def vocab_embedding(
         A module ``int64 [...] -> [..., embedding_dim]``, whole on every rank.
     """
     if tensor_group is None:
-        embedding = nn.Embedding(num_embeddings, embedding_dim)
-        normal_initializer(std)(embedding.weight.data)
-        return embedding
+        return plain_embedding(num_embeddings, embedding_dim, std)
     from haloformer.model.megatron_layers import VocabEmbedding
 
     def fill(weight: Tensor) -> Tensor:
@@ -146,7 +146,25 @@ def vocab_logits(
 
 def plain_linear(in_features: int, out_features: int, std: float) -> nn.Linear:
     """A linear that is whole on every rank: weight from N(0, std), bias zero."""
-    linear = nn.Linear(in_features, out_features)
+    linear: nn.Linear = _unfilled(lambda: nn.Linear(in_features, out_features))
     normal_initializer(std)(linear.weight.data)
     torch.nn.init.zeros_(linear.bias)
     return linear
+
+
+def plain_embedding(num_embeddings: int, embedding_dim: int, std: float) -> nn.Embedding:
+    """A table that is whole on every rank, from N(0, std)."""
+    table: nn.Embedding = _unfilled(lambda: nn.Embedding(num_embeddings, embedding_dim))
+    normal_initializer(std)(table.weight.data)
+    return table
+
+
+def _unfilled(make: Callable[[], ModuleT]) -> ModuleT:
+    """A module without torch's own initial values.
+
+    They would draw numbers that megatron-core does not, and the same seed has to give the same
+    weights with and without tensor parallelism.
+    """
+    with torch.device("meta"):
+        module = make()
+    return module.to_empty(device=torch.get_default_device())

@@ -15,7 +15,7 @@ from haloformer.kernels.sharded import SequenceShard
 from haloformer.model.decoder import DecoderLayer, TargetRows
 from haloformer.model.dropout_sites import DropoutStep, Site
 from haloformer.model.encoder import EncoderLayer
-from haloformer.model.layers import normal_initializer, padded_vocab, vocab_embedding, vocab_logits
+from haloformer.model.layers import padded_vocab, plain_embedding, vocab_embedding, vocab_logits
 from haloformer.model.longformer import IGNORED_LABEL
 from haloformer.model.recompute import recomputed
 from haloformer.model.vocab_loss import token_loss
@@ -45,8 +45,9 @@ class PositionedEmbedding(nn.Module):
     def __init__(self, config: LedConfig, max_positions: int, layer: int) -> None:
         super().__init__()
         self.dropout, self.layer = config.hidden_dropout, layer
-        self.positions = nn.Embedding(max_positions, config.hidden_size)
-        normal_initializer(config.initializer_range)(self.positions.weight.data)
+        self.positions = plain_embedding(
+            max_positions, config.hidden_size, config.initializer_range
+        )
         self.norm = nn.LayerNorm(config.hidden_size)
 
     def forward(
