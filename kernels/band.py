@@ -19,6 +19,7 @@ send them home. Masked keys and keys outside ``valid`` get exactly zero.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -65,3 +66,21 @@ class Band:
     global_mask: Tensor | None = None
     global_segments: Tensor | None = None
     dropout: AttentionDropout | None = None
+
+
+@dataclass(frozen=True)
+class BandKernel:
+    """A backend's two halves without autograd, for who orders them himself (``overlap``).
+
+    Attributes:
+        forward: ``(query, key, value, global_key, global_value, band) -> (out, stats)``; the
+            statistics are the backend's own, for its backward. Global tensors may have no rows.
+        backward: ``(grad_out, out, stats, query, key, value, global_key, global_value, band)`` ->
+            gradients of the five inputs, in their dtypes.
+    """
+
+    forward: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Band], tuple[Tensor, Tensor]]
+    backward: Callable[
+        [Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Band],
+        tuple[Tensor, Tensor, Tensor, Tensor, Tensor],
+    ]

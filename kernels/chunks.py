@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from haloformer.kernels.band import Band
+from haloformer.kernels.band import Band, BandKernel
 from haloformer.kernels.blocks import blocks
 
 # A block of R rows computes R - 1 scores per row beyond the window; fewer rows waste less but
@@ -70,8 +70,7 @@ class _WindowAttention(torch.autograd.Function):
         band: Band,
     ) -> tuple[Tensor, Tensor]:
         inputs = (query, key, value, global_key, global_value)
-        out, lse = _forward(band, *(_computed(x) for x in inputs))
-        out = out.to(query.dtype)
+        out, lse = KERNEL.forward(query, key, value, global_key, global_value, band)
         ctx.band = band
         ctx.save_for_backward(*inputs, out, lse)
         natural = lse * math.log(2.0)
@@ -81,12 +80,8 @@ class _WindowAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        *inputs, out, lse = ctx.saved_tensors
-        # sum_j P_ij dP_ij = dO_i . O_i, with dropout as well.
-        delta = (_computed(grad_out) * out).sum(-1, keepdim=True)
-        upcast = [_computed(x) for x in inputs]
-        grads = _backward(ctx.band, _computed(grad_out), lse[..., None], delta, *upcast)
-        return (*(g.to(x.dtype) for g, x in zip(grads, inputs, strict=True)), None)
+        q, k, v, g_k, g_v, out, lse = ctx.saved_tensors
+        return (*KERNEL.backward(grad_out, out, lse, q, k, v, g_k, g_v, ctx.band), None)
 
 
 def _computed(x: Tensor) -> Tensor:
@@ -188,3 +183,40 @@ def _backward(
             d_q.baddbmm_(far, g_k, alpha=scale)
             block.take_globals(grad_global_key).baddbmm_(far.mT, q, alpha=scale)
     return grad_query, grad_key, grad_value, grad_global_key, grad_global_value
+
+
+def _forward_piece(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    global_key: Tensor,
+    global_value: Tensor,
+    band: Band,
+) -> tuple[Tensor, Tensor]:
+    inputs = (query, key, value, global_key, global_value)
+    out, lse = _forward(band, *(_computed(x) for x in inputs))
+    return out.to(query.dtype), lse
+
+
+def _backward_piece(
+    grad_out: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    global_key: Tensor,
+    global_value: Tensor,
+    band: Band,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    inputs = (query, key, value, global_key, global_value)
+    # sum_j P_ij dP_ij = dO_i . O_i, with dropout as well.
+    delta = (_computed(grad_out) * out).sum(-1, keepdim=True)
+    upcast = [_computed(x) for x in inputs]
+    dq, dk, dv, dgk, dgv = _backward(band, _computed(grad_out), lse[..., None], delta, *upcast)
+    far = (dgk.to(global_key.dtype), dgv.to(global_value.dtype))
+    return (dq.to(query.dtype), dk.to(key.dtype), dv.to(value.dtype), *far)
+
+
+# The statistics are the log-sum-exp to base 2.
+KERNEL = BandKernel(_forward_piece, _backward_piece)

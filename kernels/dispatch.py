@@ -10,7 +10,7 @@ from functools import cache
 from torch import Tensor
 
 from haloformer.kernels import chunks, fused, reference
-from haloformer.kernels.band import Band
+from haloformer.kernels.band import Band, BandKernel
 from haloformer.kernels.checks import (
     check_dropout,
     check_mask,
@@ -62,23 +62,34 @@ def choose_backend(backend: str, query: Tensor, key: Tensor, band: Band) -> Wind
     Raises:
         ValueError: If the name is unknown or that backend cannot run here; says why.
     """
-    known = {
-        "chunks": (can_run_chunks, chunks.window_attention),
-        "triton": (can_run_triton, fused.window_attention),
-        "loop": (can_run_loop, reference.window_attention),
-    }
+    return {
+        "chunks": chunks.window_attention,
+        "triton": fused.window_attention,
+        "loop": reference.window_attention,
+    }[_choose(backend, query, key, band)]
+
+
+def choose_kernel(backend: str, query: Tensor, key: Tensor, band: Band) -> BandKernel:
+    """:func:`choose_backend`, as two halves without autograd."""
+    return {"chunks": chunks.KERNEL, "triton": fused.KERNEL, "loop": reference.KERNEL}[
+        _choose(backend, query, key, band)
+    ]
+
+
+def _choose(backend: str, query: Tensor, key: Tensor, band: Band) -> str:
+    checks = {"chunks": can_run_chunks, "triton": can_run_triton, "loop": can_run_loop}
     if backend == "auto":
         reason = None if query.is_cuda else f"the tensors are on {query.device.type}"
         reason = reason if reason is not None else can_run_triton(query, key, band)
-        _log_choice("triton" if reason is None else "chunks", reason)
-        return known["triton" if reason is None else "chunks"][1]
-    if backend not in known:
+        chosen = "triton" if reason is None else "chunks"
+        _log_choice(chosen, reason)
+        return chosen
+    if backend not in checks:
         raise ValueError(f"attention backend {backend!r} is not one of {', '.join(BACKENDS)}")
-    can_run, function = known[backend]
-    reason = can_run(query, key, band)
+    reason = checks[backend](query, key, band)
     if reason is not None:
         raise ValueError(f"attention backend {backend!r} cannot run: {reason}")
-    return function
+    return backend
 
 
 @cache  # once per choice and reason, however many layers and steps ask

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from haloformer.kernels.band import Band
+from haloformer.kernels.band import Band, BandKernel
 from haloformer.kernels.operands import BandOperands, interpreted
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -85,9 +85,22 @@ def window_attention(
     reason = can_run_triton(query, key, band)
     if reason is not None:
         raise ValueError(f"backend triton cannot run: {reason}; choose backend chunks or auto")
+    out, lse = _forward(*_arguments(query, key, value, global_key, global_value, band))
+    return out, lse.detach()
+
+
+def _arguments(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    global_key: Tensor | None,
+    global_value: Tensor | None,
+    band: Band,
+) -> tuple[Any, ...]:
+    """The op's flat arguments."""
     has_globals = global_key is not None and global_key.shape[1] > 0
     dropout = band.dropout if band.dropout is not None and band.dropout.rate > 0.0 else None
-    out, lse = _forward(
+    return (
         query,
         key,
         value,
@@ -107,7 +120,6 @@ def window_attention(
         0.0 if dropout is None else dropout.rate,
         0 if dropout is None else dropout.first_row,
     )
-    return out, lse.detach()
 
 
 @torch.library.custom_op("haloformer::window_attention", mutates_args=())
@@ -252,3 +264,37 @@ def _gradients(ctx: Any, out_grad: Tensor, _: Tensor) -> tuple[Tensor | None, ..
 
 
 _forward.register_autograd(_gradients, setup_context=_save)
+
+
+def _forward_piece(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    global_key: Tensor,
+    global_value: Tensor,
+    band: Band,
+) -> tuple[Tensor, Tensor]:
+    found: tuple[Tensor, Tensor] = _forward(
+        *_arguments(query, key, value, global_key, global_value, band)
+    )
+    return found
+
+
+def _backward_piece(
+    grad_out: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    global_key: Tensor,
+    global_value: Tensor,
+    band: Band,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    arguments = _arguments(query, key, value, global_key, global_value, band)
+    dq, dk, dv, dgk, dgv = _backward(out, lse, grad_out, *arguments)
+    # Without global keys the op's gradients of them are flat.
+    return dq, dk, dv, dgk.view(global_key.shape), dgv.view(global_value.shape)
+
+
+KERNEL = BandKernel(_forward_piece, _backward_piece)

@@ -3,24 +3,23 @@
 ::
 
     N=6, world size 2, left=right=1      rank 0: 0 1 2           rank 1: 3 4 5
-    after the exchange                   rank 0: . 0 1 2 3       rank 1: 2 3 4 5 .
-    the backward adds                    row 3's halo gradient goes to rank 1, row 2's to rank 0
+    fetched (the halo)                   rank 0: . 3             rank 1: 2 .
+    on the way home, added               row 3's halo gradient goes to rank 1, row 2's to rank 0
 
 Rows travel straight from their owner, in one message per peer for all tensors together. A reach
 wider than a shard fetches from several ranks to either side. Rows beyond the ends of the sequence
-are zeros. Forward and backward are one plan, read from either end.
+are zeros. Both ways are one plan, read from either end, and both are begun and ended by the
+caller, who computes in between (``overlap``).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from haloformer.kernels.ranks import CommCounter, Direction, Ranks
 
@@ -31,7 +30,7 @@ class Parcel:
 
     Attributes:
         peer: The other rank, within the group.
-        rows: Outgoing: rows of the local tensor. Incoming: rows of the buffer.
+        rows: Outgoing: rows of the local tensor. Incoming: rows of the halo.
         direction: Which way it travels forward; gradients travel the other way.
     """
 
@@ -45,15 +44,13 @@ class HaloPlan:
     """Who sends which rows to whom.
 
     Attributes:
-        left: Halo rows to the left.
-        num_rows: Local rows n; the buffer has left + n + right.
-        right: Halo rows to the right.
+        left: Halo rows to the left, the first of the halo.
+        right: Halo rows to the right, behind them.
         outgoing: What this rank sends forward, and gets gradients for.
         incoming: What it receives forward, and sends gradients for.
     """
 
     left: int
-    num_rows: int
     right: int
     outgoing: tuple[Parcel, ...]
     incoming: tuple[Parcel, ...]
@@ -84,11 +81,11 @@ def plan_halo(rank: int, world_size: int, num_rows: int, left: int, right: int) 
         count = min(num_rows, right - (hop - 1) * num_rows)
         if count > 0:
             if rank + hop < world_size:
-                start = left + hop * num_rows
+                start = left + (hop - 1) * num_rows
                 incoming.append(Parcel(rank + hop, slice(start, start + count), Direction.LEFT))
             if rank - hop >= 0:
                 outgoing.append(Parcel(rank - hop, slice(0, count), Direction.LEFT))
-    return HaloPlan(left, num_rows, right, tuple(outgoing), tuple(incoming))
+    return HaloPlan(left, right, tuple(outgoing), tuple(incoming))
 
 
 @dataclass(frozen=True)
@@ -162,54 +159,31 @@ def unpack(message: Tensor, parcel: Parcel, like: Sequence[Tensor]) -> list[Tens
     return [part.view(s) for part, s in zip(torch.split(message, sizes), shapes, strict=True)]
 
 
-class _HaloExchange(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, plan: HaloPlan, ranks: Ranks, counter: CommCounter | None, *xs: Tensor
-    ) -> tuple[Tensor, ...]:
-        ctx.plan, ctx.ranks, ctx.counter = plan, ranks, counter
-        transfer = begin_transfer(xs, plan.outgoing, plan.incoming, ranks, False, counter)
-        total = plan.left + plan.num_rows + plan.right
-        buffers = tuple(x.new_zeros(x.shape[0], total, *x.shape[2:]) for x in xs)
-        for buffer, x in zip(buffers, xs, strict=True):
-            buffer[:, plan.left : plan.left + plan.num_rows] = x
-        for message, parcel in zip(transfer.wait(), plan.incoming, strict=True):
-            for buffer, part in zip(buffers, unpack(message, parcel, xs), strict=True):
-                buffer[:, parcel.rows] = part
-        return buffers
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        plan: HaloPlan = ctx.plan
-        transfer = begin_transfer(grads, plan.incoming, plan.outgoing, ctx.ranks, True, ctx.counter)
-        own = slice(plan.left, plan.left + plan.num_rows)
-        totals = [grad[:, own].clone() for grad in grads]
-        for message, parcel in zip(transfer.wait(), plan.outgoing, strict=True):
-            for total, part in zip(totals, unpack(message, parcel, grads), strict=True):
-                total[:, parcel.rows] += part
-        return (None, None, None, *totals)
+def begin_fetch(
+    xs: Sequence[Tensor], plan: HaloPlan, ranks: Ranks, counter: CommCounter | None
+) -> Transfer:
+    """Start fetching the halo of tensors [B, n, ...] of one dtype."""
+    return begin_transfer(xs, plan.outgoing, plan.incoming, ranks, False, counter)
 
 
-def halo_exchange(
-    xs: Sequence[Tensor], left: int, right: int, ranks: Ranks, counter: CommCounter | None = None
-) -> tuple[Tensor, ...]:
-    """Extend each tensor by the rows to its left and right that other ranks hold.
+def end_fetch(transfer: Transfer, xs: Sequence[Tensor], plan: HaloPlan) -> tuple[Tensor, ...]:
+    """Wait for the halo of each tensor: [B, left + right, ...], zeros beyond the sequence."""
+    halos = tuple(x.new_zeros(x.shape[0], plan.left + plan.right, *x.shape[2:]) for x in xs)
+    for message, parcel in zip(transfer.wait(), plan.incoming, strict=True):
+        for halo, part in zip(halos, unpack(message, parcel, xs), strict=True):
+            halo[:, parcel.rows] = part
+    return halos
 
-    Backward: gradients of halo rows go home and are added to the owner's.
 
-    Args:
-        xs: Tensors [B, n, ...] of one dtype, n the same on all ranks.
-        left: Rows wanted before the first local row, the same on all ranks.
-        right: Rows wanted after the last local row, the same on all ranks.
-        ranks: The group.
-        counter: Counts what is sent, forward and backward.
+def begin_return(
+    grad_halos: Sequence[Tensor], plan: HaloPlan, ranks: Ranks, counter: CommCounter | None
+) -> Transfer:
+    """Start sending gradients [B, left + right, ...] of halos home."""
+    return begin_transfer(grad_halos, plan.incoming, plan.outgoing, ranks, True, counter)
 
-    Returns:
-        Buffers [B, left + n + right, ...]; rows beyond the ends of the sequence are zero.
-    """
-    plan = plan_halo(ranks.rank, ranks.world_size, xs[0].shape[1], left, right)
-    buffers: tuple[Tensor, ...] = _HaloExchange.apply(  # type: ignore[no-untyped-call]
-        plan, ranks, counter, *xs
-    )
-    return buffers
+
+def end_return_(transfer: Transfer, grads: Sequence[Tensor], plan: HaloPlan) -> None:
+    """Add what came home to the gradients [B, n, ...] of the local rows."""
+    for message, parcel in zip(transfer.wait(), plan.outgoing, strict=True):
+        for grad, part in zip(grads, unpack(message, parcel, grads), strict=True):
+            grad[:, parcel.rows] += part

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from haloformer.kernels.band import Band
+from haloformer.kernels.band import Band, BandKernel
 from haloformer.kernels.dropout import AttentionDropout, keep_mask
 from haloformer.kernels.spec import WindowSpec
 
@@ -198,3 +198,29 @@ def longformer_attention(
                 keep = keep_factors(dropout, base, i, seen).to(query.dtype)
                 rows.append(attend(q, k[b, seen, h], v[b, seen, h], keep)[0])
     return torch.stack(rows).view(num_batch, num_heads, length, head_dim).transpose(1, 2)
+
+
+def _backward_piece(
+    grad_out: Tensor,
+    out: Tensor,
+    stats: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    global_key: Tensor,
+    global_value: Tensor,
+    band: Band,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients by autograd: the loops are run once more."""
+    inputs = [x.detach().requires_grad_() for x in (query, key, value, global_key, global_value)]
+    q, k, v, g_k, g_v = inputs
+    with torch.enable_grad():
+        again, _ = window_attention(q, k, v, g_k, g_v, band)
+        again = again + 0.0 * q  # depends on something even where no row sees a key
+    dq, dk, dv, dgk, dgv = torch.autograd.grad(
+        again, inputs, grad_out, allow_unused=True, materialize_grads=True
+    )
+    return dq, dk, dv, dgk, dgv
+
+
+KERNEL = BandKernel(window_attention, _backward_piece)

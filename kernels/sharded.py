@@ -23,7 +23,7 @@ from torch import Tensor
 
 from haloformer.kernels.band import Band
 from haloformer.kernels.checks import check_projections, check_shape
-from haloformer.kernels.dispatch import WindowAttention, choose_backend
+from haloformer.kernels.dispatch import choose_kernel
 from haloformer.kernels.dropout import AttentionDropout
 from haloformer.kernels.global_tokens import (
     GlobalAttention,
@@ -31,7 +31,7 @@ from haloformer.kernels.global_tokens import (
     gather_rows_of,
     scatter_rows,
 )
-from haloformer.kernels.halo import halo_exchange
+from haloformer.kernels.overlap import BandJob, EventTrace, overlapped_band
 from haloformer.kernels.ranks import CommCounter
 from haloformer.kernels.shard import SequenceShard
 from haloformer.kernels.spec import WindowSpec
@@ -40,6 +40,7 @@ __all__ = [
     "AttentionDropoutSites",
     "CommCounter",
     "DropoutSite",
+    "EventTrace",
     "SequenceShard",
     "sharded_attention",
 ]
@@ -85,6 +86,7 @@ def sharded_attention(
     first_head: int = 0,
     backend: str = "auto",
     counter: CommCounter | None = None,
+    trace: EventTrace | None = None,
 ) -> Tensor:
     """Attend over the whole sequence from this rank's rows.
 
@@ -106,6 +108,7 @@ def sharded_attention(
             are spread over ranks, and each drops what it would drop alone.
         backend: "auto", "chunks", "triton" or "loop".
         counter: Counts what this rank sends.
+        trace: Records when the halo travels and when rows are computed.
 
     Returns:
         [B, n, H, D]; rows of padding are zero.
@@ -115,25 +118,21 @@ def sharded_attention(
             before any communication.
     """
     _check(query, key, value, global_query, global_key, global_value, spec, shard)
-    attend = choose_backend(backend, query, key, Band(spec, 0, (0, shard.num_rows)))
+    kernel = choose_kernel(backend, query, key, Band(spec, 0, (0, shard.num_rows)))
     heads = range(first_head, first_head + spec.num_heads)
     band_dropout = _dropout(dropout.band if dropout else None, shard, heads)
     attention = GlobalAttention(
         shard, _dropout(dropout.global_rows if dropout else None, shard, heads), counter
     )
     far_key, far_value = gather_rows_of([key, value], shard, counter)
-    pieces = [
-        _band(
-            (query, key, value, far_key, far_value),
-            group,
-            spec.select(group),
-            shard,
-            band_dropout and replace(band_dropout, heads=tuple(heads[h] for h in group)),
-            attend,
-            counter,
-        )
-        for group in spec.groups_by_reach()
-    ]
+    pieces = []
+    for group in spec.groups_by_reach():
+        q, k, v, g_k, g_v = (_take_heads(x, group) for x in (query, key, value, far_key, far_value))
+        group_dropout = None
+        if band_dropout is not None:
+            group_dropout = replace(band_dropout, heads=tuple(heads[h] for h in group))
+        job = BandJob(spec.select(group), shard, group_dropout, kernel, counter, trace)
+        pieces.append(overlapped_band(q, k, v, g_k, g_v, job))
     band_rows = _join_heads(pieces, spec)
     global_rows = attend_globally(global_query, global_key, global_value, attention)
     return scatter_rows(band_rows, global_rows, shard)
@@ -178,38 +177,6 @@ def _dropout(
         global_columns=shard.global_positions,
         heads=tuple(heads),
     )
-
-
-def _band(
-    tensors: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],
-    group: tuple[int, ...],
-    spec: WindowSpec,
-    shard: SequenceShard,
-    dropout: AttentionDropout | None,
-    attend: WindowAttention,
-    counter: CommCounter | None,
-) -> Tensor:
-    """[B, n, h, D]: windowed rows of heads that share one reach, with a halo just that wide."""
-    query, key, value, far_key, far_value = (_take_heads(x, group) for x in tensors)
-    left, right = spec.reach_left, spec.reach_right
-    key, value = halo_exchange((key, value), left, right, shard.ranks, counter)
-    attended = shard.attention_mask & ~shard.is_global
-    segments = shard.segment_ids
-    band = Band(
-        spec,
-        offset=left,
-        valid=(
-            max(0, left - shard.first_row),
-            min(key.shape[1], left + shard.length - shard.first_row),
-        ),
-        key_mask=shard.with_halo(attended, left, right),
-        query_segments=None if segments is None else shard.local(segments),
-        key_segments=None if segments is None else shard.with_halo(segments, left, right),
-        global_mask=shard.global_mask,
-        global_segments=shard.global_segments,
-        dropout=dropout,
-    )
-    return attend(query, key, value, far_key, far_value, band)[0]
 
 
 def _take_heads(x: Tensor, heads: tuple[int, ...]) -> Tensor:
