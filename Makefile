@@ -12,6 +12,7 @@ help:
 	@echo 'make train   fetch and prepare the demo text, train on 2 sequence-parallel ranks'
 	@echo 'make test    all default tests (no GPU, no network beyond the package index)'
 	@echo 'make lint    ruff, mypy, import layers, file sizes'
+	@echo 'make bench   time and memory of the attention on this CPU, beside its peers (ten minutes)'
 	@echo 'make compile-check   every attention kernel for sm_80, sm_90 and gfx942, without a GPU'
 	@echo 'make clean   remove .venv, data and caches; runs and mlflow.db stay'
 
@@ -44,6 +45,9 @@ lint: $(STAMP)
 	@$(BIN)/mypy -p haloformer
 	@$(BIN)/lint-imports
 	@$(BIN)/python tests/file_sizes.py
+
+bench: $(STAMP)
+	@$(BIN)/haloformer bench attention --json bench.json --png bench.png
 
 compile-check: $(STAMP)
 	@$(BIN)/python -m haloformer.kernels.compile_check

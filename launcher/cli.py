@@ -19,6 +19,7 @@ COMMANDS = {
     "train": "haloformer.launcher.train_command",
     "checkpoints": "haloformer.launcher.checkpoints_command",
     "doctor": "haloformer.launcher.doctor",
+    "bench": "haloformer.launcher.bench_command",
 }
 
 
