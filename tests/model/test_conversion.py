@@ -1,0 +1,133 @@
+"""RoBERTa -> Longformer and BART -> LED: the same model as long as the window covers the text."""
+
+import pytest
+import torch
+import transformers
+
+import hf_peers
+from haloformer.model.conversion import convert_folder, repeat_positions
+from haloformer.model.convert import load_pretrained
+
+SIZES = {
+    "vocab_size": hf_peers.VOCAB,
+    "hidden_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 3,
+    "intermediate_size": 40,
+    "max_position_embeddings": 34,
+    "type_vocab_size": 1,
+}
+BART_SIZES = {
+    "vocab_size": hf_peers.VOCAB,
+    "d_model": 24,
+    "encoder_layers": 2,
+    "decoder_layers": 2,
+    "encoder_attention_heads": 3,
+    "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 40,
+    "decoder_ffn_dim": 32,
+    "max_position_embeddings": 32,
+}
+
+
+def roberta(cls="RobertaForMaskedLM"):
+    torch.manual_seed(0)
+    return hf_peers.scrambled(getattr(transformers, cls)(transformers.RobertaConfig(**SIZES)))
+
+
+def bart():
+    torch.manual_seed(0)
+    config = transformers.BartConfig(**BART_SIZES)
+    return hf_peers.scrambled(transformers.BartForConditionalGeneration(config))
+
+
+@pytest.mark.parametrize("global_everywhere", [False, True], ids=["window", "all_global"])
+def test_longformer_says_what_roberta_said(global_everywhere, tmp_path):
+    peer = roberta().eval()
+    peer.save_pretrained(tmp_path / "short")
+    convert_folder(tmp_path / "short", tmp_path / "long", 100, 64)
+    ids, mask, _ = hf_peers.batch([30, 21], [])
+    chosen = mask if global_everywhere else None
+    ours = load_pretrained(tmp_path / "long")
+    again = transformers.LongformerForMaskedLM.from_pretrained(tmp_path / "long").eval()
+    with torch.no_grad():
+        expected = peer(ids, mask).logits[mask.bool()]
+        for model in (ours, again):
+            found = model(ids, mask, chosen).logits[mask.bool()]
+            assert hf_peers.relative_error(found, expected) < 1e-5
+
+
+def test_longformer_reads_longer_texts_at_repeated_positions(tmp_path):
+    peer = roberta()
+    peer.save_pretrained(tmp_path / "short")
+    convert_folder(tmp_path / "short", tmp_path / "long", 100, 8)
+    ours = load_pretrained(tmp_path / "long")
+    table = ours.model.encoder.embeddings.position_embeddings.weight
+    learned = peer.roberta.embeddings.position_embeddings.weight
+    assert table.shape == (102, 24)
+    assert torch.equal(table[:34], learned)
+    assert torch.equal(table[34:66], learned[2:])
+    assert torch.equal(table[98:], learned[2:6])
+    assert ours(hf_peers.batch([100], [[]])[0]).logits.isfinite().all()
+
+
+@pytest.mark.parametrize("head", ["ForSequenceClassification", "ForQuestionAnswering", "Model"])
+def test_heads_come_along(head, tmp_path):
+    peer = roberta(f"Roberta{head}").eval()
+    peer.save_pretrained(tmp_path / "short")
+    convert_folder(tmp_path / "short", tmp_path / "long", 64, 64)
+    ids, mask, chosen = hf_peers.batch([30, 21], [[], []])
+    with torch.no_grad():
+        found = load_pretrained(tmp_path / "long")(ids, mask, chosen)
+        expected = peer(ids, mask)
+    name = {"ForQuestionAnswering": "start_logits", "Model": "pooler_output"}.get(head, "logits")
+    real = mask.bool() if name == "start_logits" else slice(None)
+    error = hf_peers.relative_error(getattr(found, name)[real], getattr(expected, name)[real])
+    assert error < 1e-5
+
+
+@pytest.mark.parametrize("global_everywhere", [False, True], ids=["window", "all_global"])
+def test_led_says_what_bart_said(global_everywhere, tmp_path):
+    peer = bart().eval()
+    peer.save_pretrained(tmp_path / "short")
+    convert_folder(tmp_path / "short", tmp_path / "long", 16 * 32, 64)
+    ids, mask, _ = hf_peers.batch([30, 21], [])
+    labels = hf_peers.batch([9, 9], [], seed=3)[0]
+    chosen = mask if global_everywhere else None
+    ours = load_pretrained(tmp_path / "long")
+    again = transformers.LEDForConditionalGeneration.from_pretrained(tmp_path / "long").eval()
+    with torch.no_grad():
+        expected = peer(ids, mask, labels=labels)
+        for model in (ours, again):
+            found = model(
+                input_ids=ids, attention_mask=mask, global_attention_mask=chosen, labels=labels
+            )
+            assert hf_peers.relative_error(found.logits, expected.logits) < 1e-5
+            assert abs(found.loss - expected.loss) < 1e-5
+    table = ours.model.encoder.embeddings.positions.weight
+    learned = peer.model.encoder.embed_positions.weight[2:]
+    assert torch.equal(table, learned.repeat(16, 1))
+
+
+def test_tokenizer_files_come_along(tmp_path):
+    roberta().save_pretrained(tmp_path / "short")
+    (tmp_path / "short" / "vocab.json").write_text('{"a": 0}')
+    convert_folder(tmp_path / "short", tmp_path / "long", 64, 8)
+    assert (tmp_path / "long" / "vocab.json").read_text() == '{"a": 0}'
+
+
+def test_what_does_not_fit_is_refused_before_anything_is_written(tmp_path):
+    roberta().save_pretrained(tmp_path / "short")
+    for positions, window, message in ((16, 8, "16 is less than the 32"), (64, 7, "even number")):
+        with pytest.raises(ValueError, match=message):
+            convert_folder(tmp_path / "short", tmp_path / "long", positions, window)
+    transformers.BertModel(transformers.BertConfig(**SIZES)).save_pretrained(tmp_path / "bert")
+    with pytest.raises(ValueError, match="model_type is 'bert'; only roberta and bart"):
+        convert_folder(tmp_path / "bert", tmp_path / "long", 64, 8)
+    assert not (tmp_path / "long").exists()
+
+
+def test_repeated_positions():
+    table = torch.arange(5)[:, None]  # 2 reserved, 3 learned
+    assert repeat_positions(table, 2, 7, 2).flatten().tolist() == [0, 1, 2, 3, 4, 2, 3, 4, 2]
+    assert repeat_positions(table, 2, 6, 0).flatten().tolist() == [2, 3, 4, 2, 3, 4]
