@@ -36,6 +36,15 @@ class Allocations(TorchDispatchMode):
         return result
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Thousands of small operations: threads that wait for each other would take minutes."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def allocations(attend, n, num_globals):
     generator = torch.Generator().manual_seed(0)
     tensors = [

@@ -52,7 +52,7 @@ def test_a_backend_that_computes_something_else_is_not_timed():
         return torch.cat([out[:, :-1], out[:, -1:] * 1.01], dim=1), lse
 
     said = []
-    settings = bench.Settings(lengths=(64,), window=16, num_heads=2, head_dim=8, peers=())
+    settings = bench.Settings((64,), 16, 2, 8, peers=(), threads=1)
     with pytest.raises(ParityError, match="float64 loops"):
         bench.measure(settings, said.append, one_key_short)
     assert said == ["parity"]
@@ -63,7 +63,7 @@ def test_an_error_that_only_long_sequences_show_is_found_by_dense_attention():
         out, lse = chunks.window_attention(query, key, value, global_key, global_value, band)
         return (out * 1.01 if query.shape[1] > 50 else out), lse
 
-    settings = bench.Settings(lengths=(64,), window=16, num_heads=2, head_dim=8, peers=())
+    settings = bench.Settings((64,), 16, 2, 8, peers=(), threads=1)
     with pytest.raises(ParityError, match="dense attention, N=64"):
         bench.measure(settings, lambda line: None, wrong_when_long)
 
