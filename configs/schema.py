@@ -129,6 +129,67 @@ class LedConfig(Section):
         return self
 
 
+class CharLmConfig(Section):
+    """Causal character model (Longformer section 4): pre-LN, rotary positions.
+
+    The window counts both sides as everywhere, so a causal head sees half of it, to the left.
+    """
+
+    kind: Literal["char_lm"] = "char_lm"
+    hidden_size: PositiveInt
+    num_layers: PositiveInt
+    num_heads: PositiveInt
+    ffn_size: PositiveInt
+    max_positions: PositiveInt
+    attention_window: PositiveInt | list[PositiveInt]
+    dilation: PositiveInt | list[PositiveInt] = 1
+    num_dilated_heads: Annotated[int, Field(ge=0)] = 2
+    hidden_dropout: Probability = 0.2
+    attention_dropout: Probability = 0.0
+    layer_norm_eps: Annotated[float, Field(gt=0.0)] = 1e-5
+    initializer_range: Annotated[float, Field(gt=0.0)] = 0.02
+    recompute: Recompute = "none"
+
+    def window_of_layer(self, layer: int) -> int:
+        """Two-sided window of one layer."""
+        window = self.attention_window
+        return window if isinstance(window, int) else window[layer]
+
+    def dilation_of_layer(self, layer: int) -> tuple[int, ...]:
+        """Dilation of each head of one layer: the last ``num_dilated_heads`` are dilated."""
+        per_layer = self.dilation
+        dilation = per_layer if isinstance(per_layer, int) else per_layer[layer]
+        plain = self.num_heads - self.num_dilated_heads
+        return (1,) * plain + (dilation,) * self.num_dilated_heads
+
+    @model_validator(mode="after")
+    def _check(self) -> CharLmConfig:
+        faults = []
+        for name, values in (
+            ("attention_window", self.attention_window),
+            ("dilation", self.dilation),
+        ):
+            if isinstance(values, list) and len(values) != self.num_layers:
+                faults.append(f"{name} has {len(values)} entries for {self.num_layers} layers")
+        windows = self.attention_window
+        odd = [w for w in ([windows] if isinstance(windows, int) else windows) if w % 2]
+        if odd:
+            faults.append(f"attention_window {odd[0]} is odd; it counts both sides, make it even")
+        if self.hidden_size % (2 * self.num_heads):
+            faults.append(
+                f"hidden_size {self.hidden_size} is not a multiple of 2 x num_heads "
+                f"{self.num_heads}, which rotary positions need"
+            )
+        if self.num_dilated_heads > self.num_heads:
+            faults.append(
+                f"num_dilated_heads {self.num_dilated_heads} is more than num_heads "
+                f"{self.num_heads}"
+            )
+        if faults:
+            raise ValueError("; ".join(faults))
+        return self
+
+
 class DataConfig(Section):
     """What is read, and how tokens become training sequences."""
 

@@ -2,41 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
-from haloformer.kernels.global_tokens import gather_global_rows
+from haloformer.kernels.gather import gather_at
 from haloformer.kernels.sharded import SequenceShard
-
-
-def rows_at(
-    hidden: Float[Tensor, "b n e"],
-    shard: SequenceShard,
-    positions: Int[Tensor, "b k"],
-    mask: Bool[Tensor, "b k"] | None = None,
-) -> Float[Tensor, "b k e"]:
-    """Rows by their position in the sequence, whichever rank holds them.
-
-    Args:
-        hidden: [B, n, E] this rank's rows.
-        shard: Which rows those are.
-        positions: [B, K] int64, the same on all ranks.
-        mask: [B, K], False = an unused slot, which gives zeros; None = all used.
-
-    Returns:
-        [B, K, E] on every rank; gradients of all ranks are added up at the owner.
-    """
-    used = torch.ones_like(positions, dtype=torch.bool) if mask is None else mask
-    return gather_global_rows(hidden, replace(shard, global_positions=positions, global_mask=used))
 
 
 def first_rows(hidden: Float[Tensor, "b n e"], shard: SequenceShard) -> Float[Tensor, "b e"]:
     """[B, E]: the hidden state of <s>, token 0, on every rank."""
     positions = torch.zeros(hidden.shape[0], 1, dtype=torch.int64, device=hidden.device)
-    return rows_at(hidden, shard, positions)[:, 0]
+    return gather_at(hidden, positions, shard.ranks)[:, 0]
 
 
 def counted_once(loss: Float[Tensor, ""], shard: SequenceShard) -> Float[Tensor, ""]:

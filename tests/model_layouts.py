@@ -9,12 +9,15 @@ from __future__ import annotations
 import torch
 import torch.distributed
 
-from haloformer.configs.schema import LedConfig, ModelConfig
+from haloformer.configs.schema import CharLmConfig, LedConfig, ModelConfig
 from haloformer.kernels.sharded import SequenceShard
+from haloformer.model.char_lm import CharLm
 from haloformer.model.classification import LongformerForSequenceClassification
+from haloformer.model.coreference import LongformerForCoreference
 from haloformer.model.dropout_sites import DropoutStep
 from haloformer.model.led import LedForConditionalGeneration, shift_right
 from haloformer.model.longformer import LongformerForMaskedLM
+from haloformer.model.multiple_choice import LongformerForMultipleChoice
 from haloformer.model.question_answering import LongformerForQuestionAnswering
 
 VOCAB, LENGTH, TARGETS = 37, 24, 8  # 37: an odd vocabulary has to be padded for two tensor ranks
@@ -54,15 +57,45 @@ def led_config(**more):
     return LedConfig(**{**settings, **more})
 
 
+def char_config(**more):
+    settings = {
+        "hidden_size": 16,
+        "num_layers": 2,
+        "num_heads": 4,
+        "ffn_size": 24,
+        "max_positions": LENGTH,
+        "attention_window": [4, 12],
+        "dilation": [1, 3],
+        "attention_dropout": 0.1,
+        "initializer_range": 0.3,
+    }
+    return CharLmConfig(**{**settings, **more})
+
+
 def build(kind, tensor_group=None, **more):
     """A model with the same weights whatever the layout."""
     torch.manual_seed(3)
     if kind == "led":
         return LedForConditionalGeneration(led_config(**more), VOCAB, tensor_group).double()
+    if kind == "char_lm":
+        return CharLm(char_config(**more), VOCAB, tensor_group).double()
     config = longformer_config(**more)
+    if kind == "coreference":
+        return LongformerForCoreference(
+            config,
+            VOCAB,
+            max_width=8,  # reaches over a whole rank of four
+            num_spans=12,
+            num_antecedents=5,
+            tensor_group=tensor_group,
+        ).double()
     if kind == "classification":
         return LongformerForSequenceClassification(config, VOCAB, 5, tensor_group).double()
-    cls = {"mlm": LongformerForMaskedLM, "qa": LongformerForQuestionAnswering}[kind]
+    cls = {
+        "mlm": LongformerForMaskedLM,
+        "qa": LongformerForQuestionAnswering,
+        "choice": LongformerForMultipleChoice,
+    }[kind]
     return cls(config, VOCAB, tensor_group).double()
 
 
@@ -102,6 +135,19 @@ def loss_of(model, kind, shard, ids, step):
     if kind == "qa":
         spans = torch.tensor([[[2, 4], [15, 16]], [[16, 16], [-1, -1]], [[-1, -1], [-1, -1]]])
         return model(mine, spans, shard, step).loss_sum
+    if kind == "choice":
+        candidates = torch.tensor([[3, 9, 20], [2, 16, 0], [1, 0, 0]])
+        used = torch.tensor([[1, 1, 1], [1, 1, 0], [1, 0, 0]], dtype=torch.bool)
+        return model(mine, candidates, used, torch.tensor([2, 0, -100]), shard, step).loss_sum
+    if kind == "coreference":
+        # Every short span is a mention, of cluster 0 or 1: some are always kept.
+        mentions = [[i, i + w, i % 2] for i in range(LENGTH - 1) for w in range(8)]
+        labels = torch.tensor([mentions, mentions, [[-1, -1, -1]] * len(mentions)])
+        return model(mine, labels, shard, step).loss_sum
+    if kind == "char_lm":
+        following = torch.cat([ids[:, 1:], ids.new_full((len(ids), 1), -100)], dim=1)
+        labels = following.masked_fill(~shard.attention_mask, -100)
+        return model(mine, shard.local(labels), shard, step).loss_sum
     chosen = (torch.rand(ids.shape, generator=generator) < 0.4) & shard.attention_mask
     labels = torch.where(chosen, ids, -100)
     return model(mine, shard.local(labels), shard, step).loss_sum

@@ -7,10 +7,15 @@ from dist import run_ranks
 from haloformer.model.dropout_sites import DropoutStep
 from model_layouts import build, gradients, loss_of, source, walk
 
-KINDS = ("mlm", "led", "classification", "qa")
+KINDS = ("mlm", "led", "char_lm", "classification", "qa", "choice", "coreference")
+LAYERED = ("mlm", "led", "char_lm")
 CASES = [
     *((kind, {}) for kind in KINDS),
-    *((kind, {"recompute": mode}) for kind in ("mlm", "led") for mode in ("selective", "full")),
+    *(
+        (kind, {"recompute": mode})
+        for kind in ("mlm", "led", "char_lm")
+        for mode in ("selective", "full")
+    ),
 ]
 
 
@@ -26,7 +31,7 @@ def test_loss_and_gradients_equal_one_rank(context, tensor):
 
 
 @pytest.mark.parametrize("mode", ["selective", "full"])
-@pytest.mark.parametrize("kind", ["mlm", "led"])
+@pytest.mark.parametrize("kind", LAYERED)
 def test_recompute_changes_no_bit(kind, mode):
     loss, expected = gradients(kind, {}, dropout=True)
     other_loss, found = gradients(kind, {"recompute": mode}, dropout=True)
@@ -34,7 +39,7 @@ def test_recompute_changes_no_bit(kind, mode):
     assert all((found[name] == expected[name]).all() for name in expected)
 
 
-@pytest.mark.parametrize("kind", ["mlm", "led"])
+@pytest.mark.parametrize("kind", LAYERED)
 def test_recompute_keeps_less(kind):
     kept = {}
     for mode in ("none", "selective", "full"):
