@@ -95,43 +95,6 @@ def longformer_config(raw: dict[str, Any]) -> ModelConfig:
     )
 
 
-def longformer_raw(config: ModelConfig, vocab_size: int, architecture: str) -> dict[str, Any]:
-    """The config.json of a model that was trained here.
-
-    Raises:
-        ValueError: If transformers has no such model: it knows neither dilation nor causal windows.
-    """
-    dilations = [config.dilation] if isinstance(config.dilation, int) else config.dilation
-    if config.causal or any(d != 1 for d in dilations):
-        raise ValueError(
-            "transformers' Longformer has no causal or dilated windows, so this model cannot be "
-            "exported; train it with causal false and dilation 1"
-        )
-    windows = [config.window_of_layer(layer) for layer in range(config.num_layers)]
-    return {
-        "architectures": [architecture],
-        "model_type": "longformer",
-        "attention_window": windows,
-        "attention_probs_dropout_prob": config.attention_dropout,
-        "bos_token_id": 0,
-        "eos_token_id": 2,
-        "hidden_act": "gelu",
-        "hidden_dropout_prob": config.hidden_dropout,
-        "hidden_size": config.hidden_size,
-        "initializer_range": config.initializer_range,
-        "intermediate_size": config.ffn_size,
-        "layer_norm_eps": config.layer_norm_eps,
-        "max_position_embeddings": config.num_position_rows,
-        "num_attention_heads": config.num_heads,
-        "num_hidden_layers": config.num_layers,
-        "pad_token_id": config.padding_position,
-        "sep_token_id": 2,
-        "tie_word_embeddings": True,
-        "type_vocab_size": config.type_vocab_size,
-        "vocab_size": vocab_size,
-    }
-
-
 def led_config(raw: dict[str, Any]) -> LedConfig:
     """The model section of a transformers LED.
 
@@ -161,32 +124,6 @@ def led_config(raw: dict[str, Any]) -> LedConfig:
         activation_dropout=full["activation_dropout"],
         initializer_range=full["init_std"],
     )
-
-
-def led_raw(config: LedConfig, vocab_size: int) -> dict[str, Any]:
-    """The config.json of an LED that was trained here."""
-    section = config.encoder_section()
-    return {
-        **LED_DEFAULTS,
-        "architectures": ["LEDForConditionalGeneration"],
-        "model_type": "led",
-        "activation_dropout": config.activation_dropout,
-        "attention_dropout": config.attention_dropout,
-        "attention_window": [section.window_of_layer(i) for i in range(config.encoder_layers)],
-        "d_model": config.hidden_size,
-        "decoder_attention_heads": config.decoder_heads,
-        "decoder_ffn_dim": config.decoder_ffn_size,
-        "decoder_layers": config.decoder_layers,
-        "dropout": config.hidden_dropout,
-        "encoder_attention_heads": config.encoder_heads,
-        "encoder_ffn_dim": config.encoder_ffn_size,
-        "encoder_layers": config.encoder_layers,
-        "init_std": config.initializer_range,
-        "is_encoder_decoder": True,
-        "max_decoder_position_embeddings": config.max_target_positions,
-        "max_encoder_position_embeddings": config.max_source_positions,
-        "vocab_size": vocab_size,
-    }
 
 
 def refuse_one_sided(raw: dict[str, Any]) -> None:

@@ -1,8 +1,6 @@
 """FLOPs and parameters from a recipe's numbers agree with the model that is built from it."""
 
-import pytest
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from haloformer.configs.load import load_config
 from haloformer.configs.sizes import num_parameters
@@ -32,16 +30,8 @@ def test_flops_are_the_textbook_terms() -> None:
     assert training_flops_per_token(flops) == 3 * flops
 
 
-def test_flops_of_the_linears_are_those_that_torch_counts() -> None:
-    linear = torch.nn.Linear(MODEL.hidden_size, MODEL.hidden_size)
-    with FlopCounterMode(display=False) as counter:
-        linear(torch.ones(10, MODEL.hidden_size))
-    assert counter.get_total_flops() == 10 * 2 * MODEL.hidden_size**2
-
-
 def test_peaks_are_measured() -> None:
     assert peak_flops(torch.device("cpu")) > 1e8
     before = peak_memory_bytes(torch.device("cpu"))
     block = torch.ones(64 * 2**20, dtype=torch.uint8)
     assert peak_memory_bytes(torch.device("cpu")) >= max(before, block.numel())
-    assert before == pytest.approx(before)
