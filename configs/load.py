@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from haloformer.configs.models import MODEL_CONFIGS, LedConfig
 from haloformer.configs.schema import TrainConfig
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -107,15 +108,37 @@ def check_world(config: TrainConfig, world_size: int) -> int:
             f"batch.global_batch {batch.global_batch} is not a multiple of batch.micro_batch "
             f"{batch.micro_batch} x {data} data-parallel ranks = {batch.micro_batch * data}"
         )
-    padded = -(-config.data.seq_len // parallel.context) * parallel.context
-    if padded > config.model.max_positions:
-        faults.append(
-            f"data.seq_len {config.data.seq_len} (padded to {padded} for {parallel.context} "
-            f"context ranks) is more than model.max_positions {config.model.max_positions}"
-        )
+    faults += _position_faults(config)
     if faults:
         raise ConfigError(f"{config.name}: " + "; ".join(faults))
     return data
+
+
+def _position_faults(config: TrainConfig) -> list[str]:
+    """Sequences, padded for the context ranks, that are longer than the model's positions."""
+    model, data, context = config.model, config.data, config.parallel.context
+    if isinstance(model, LedConfig):
+        assert data.target_len is not None, "checked with the recipe"
+        lengths = [
+            ("data.seq_len", data.seq_len, "max_source_positions", model.max_source_positions),
+            (
+                "data.target_len",
+                data.target_len,
+                "max_target_positions",
+                model.max_target_positions,
+            ),
+        ]
+    else:
+        lengths = [("seq_len", data.seq_len, "max_positions", model.max_positions)]
+    faults = []
+    for name, length, limit_name, limit in lengths:
+        padded = -(-length // context) * context
+        if padded > limit:
+            faults.append(
+                f"data.{name} {length} (padded to {padded} for {context} context ranks) is more than "
+                f"model.{limit_name} {limit}"
+            )
+    return faults
 
 
 def _apply_override(raw: dict[str, Any], override: str) -> None:
@@ -140,13 +163,19 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
 
 
 def _describe(fault: Any) -> str:
-    location = ".".join(str(part) for part in fault["loc"] if isinstance(part, str))
+    # Below ``model`` pydantic names the kind as well, which is no key of the recipe.
+    parts = [part for part in fault["loc"] if isinstance(part, str)]
+    location = ".".join(
+        parts[:1] + parts[2:] if parts[1:2] and parts[1] in MODEL_CONFIGS else parts
+    )
     if fault["type"] == "extra_forbidden":
         near = difflib.get_close_matches(str(fault["loc"][-1]), _keys_at(fault["loc"][:-1]), n=1)
         hint = f" ({near[0]}?)" if near else ""
         return f"{location}: unknown key{hint}"
     if fault["type"] == "missing":
         return f"{location}: missing key; add it"
+    if fault["type"] == "unknown_kind":
+        return f"{location}.kind: {fault['msg']}"
     message = str(fault["msg"]).removeprefix("Value error, ")
     shown = "" if fault["type"] == "value_error" else f" (got {fault['input']!r})"
     return f"{location}: {message}{shown}" if location else f"{message}{shown}"
@@ -154,6 +183,8 @@ def _describe(fault: Any) -> str:
 
 def _keys_at(location: Sequence[Any]) -> list[str]:
     model: type[BaseModel] = TrainConfig
+    if location[:1] == ("model",):
+        return list(MODEL_CONFIGS[location[1]].model_fields)
     for part in location:
         field = model.model_fields.get(part)
         annotation = field.annotation if field else None

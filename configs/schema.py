@@ -7,195 +7,33 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-PositiveInt = Annotated[int, Field(ge=1)]
-Probability = Annotated[float, Field(ge=0.0, lt=1.0)]
-Recompute = Literal["none", "selective", "full"]
+from haloformer.configs.models import (
+    AnyModelConfig,
+    CharLmConfig,
+    LedConfig,
+    ModelConfig,
+    PositiveInt,
+    Probability,
+    Section,
+)
 
-
-class Section(BaseModel):
-    """A part of a recipe: frozen, and an unknown key is an error."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-
-class ModelConfig(Section):
-    """Longformer encoder with a masked-language-model head (post-LN, RoBERTa layout)."""
-
-    kind: Literal["longformer_mlm"] = "longformer_mlm"
-    hidden_size: PositiveInt
-    num_layers: PositiveInt
-    num_heads: PositiveInt
-    ffn_size: PositiveInt
-    max_positions: PositiveInt
-    attention_window: PositiveInt | list[PositiveInt]
-    dilation: PositiveInt | list[PositiveInt] = 1
-    causal: bool = False
-    hidden_dropout: Probability = 0.1
-    attention_dropout: Probability = 0.1
-    activation_dropout: Probability = 0.0
-    layer_norm_eps: Annotated[float, Field(gt=0.0)] = 1e-5
-    initializer_range: Annotated[float, Field(gt=0.0)] = 0.02
-    type_vocab_size: PositiveInt = 1
-    padding_position: Annotated[int, Field(ge=0)] = 1
-    recompute: Recompute = "none"
-
-    @property
-    def num_position_rows(self) -> int:
-        """Rows of the position table: those up to the padding's own are used by no token."""
-        return self.max_positions + self.padding_position + 1
-
-    @property
-    def head_dim(self) -> int:
-        """Features per head."""
-        return self.hidden_size // self.num_heads
-
-    def window_of_layer(self, layer: int) -> int:
-        """Two-sided window of one layer."""
-        window = self.attention_window
-        return window if isinstance(window, int) else window[layer]
-
-    @model_validator(mode="after")
-    def _check(self) -> ModelConfig:
-        faults = []
-        if self.hidden_size % self.num_heads:
-            faults.append(
-                f"num_heads {self.num_heads} does not divide hidden_size {self.hidden_size}"
-            )
-        windows = self.attention_window
-        if isinstance(windows, list) and len(windows) != self.num_layers:
-            faults.append(
-                f"attention_window has {len(windows)} entries for {self.num_layers} layers; "
-                "give one number or one per layer"
-            )
-        odd = [w for w in ([windows] if isinstance(windows, int) else windows) if w % 2]
-        if odd:
-            faults.append(f"attention_window {odd[0]} is odd; it counts both sides, make it even")
-        if isinstance(self.dilation, list) and len(self.dilation) != self.num_heads:
-            faults.append(
-                f"dilation has {len(self.dilation)} entries for {self.num_heads} heads; "
-                "give one number or one per head"
-            )
-        if faults:
-            raise ValueError("; ".join(faults))
-        return self
-
-
-class LedConfig(Section):
-    """LED: Longformer encoder, full decoder (BART layout, post-LN), tied embeddings."""
-
-    kind: Literal["led"] = "led"
-    hidden_size: PositiveInt
-    encoder_layers: PositiveInt
-    decoder_layers: PositiveInt
-    encoder_heads: PositiveInt
-    decoder_heads: PositiveInt
-    encoder_ffn_size: PositiveInt
-    decoder_ffn_size: PositiveInt
-    max_source_positions: PositiveInt = 16384
-    max_target_positions: PositiveInt = 1024
-    attention_window: PositiveInt | list[PositiveInt] = 1024
-    hidden_dropout: Probability = 0.1
-    attention_dropout: Probability = 0.0
-    activation_dropout: Probability = 0.0
-    label_smoothing: Probability = 0.0
-    initializer_range: Annotated[float, Field(gt=0.0)] = 0.02
-    recompute: Recompute = "none"
-
-    def encoder_section(self) -> ModelConfig:
-        """The encoder's layers as those of a Longformer, which is what they are."""
-        return ModelConfig(
-            hidden_size=self.hidden_size,
-            num_layers=self.encoder_layers,
-            num_heads=self.encoder_heads,
-            ffn_size=self.encoder_ffn_size,
-            max_positions=self.max_source_positions,
-            attention_window=self.attention_window,
-            hidden_dropout=self.hidden_dropout,
-            attention_dropout=self.attention_dropout,
-            activation_dropout=self.activation_dropout,
-            initializer_range=self.initializer_range,
-            recompute=self.recompute,
-        )
-
-    @model_validator(mode="after")
-    def _check(self) -> LedConfig:
-        self.encoder_section()  # checks heads and windows
-        if self.hidden_size % self.decoder_heads:
-            raise ValueError(
-                f"decoder_heads {self.decoder_heads} does not divide hidden_size {self.hidden_size}"
-            )
-        return self
-
-
-class CharLmConfig(Section):
-    """Causal character model (Longformer section 4): pre-LN, rotary positions.
-
-    The window counts both sides as everywhere, so a causal head sees half of it, to the left.
-    """
-
-    kind: Literal["char_lm"] = "char_lm"
-    hidden_size: PositiveInt
-    num_layers: PositiveInt
-    num_heads: PositiveInt
-    ffn_size: PositiveInt
-    max_positions: PositiveInt
-    attention_window: PositiveInt | list[PositiveInt]
-    dilation: PositiveInt | list[PositiveInt] = 1
-    num_dilated_heads: Annotated[int, Field(ge=0)] = 2
-    hidden_dropout: Probability = 0.2
-    attention_dropout: Probability = 0.0
-    layer_norm_eps: Annotated[float, Field(gt=0.0)] = 1e-5
-    initializer_range: Annotated[float, Field(gt=0.0)] = 0.02
-    recompute: Recompute = "none"
-
-    def window_of_layer(self, layer: int) -> int:
-        """Two-sided window of one layer."""
-        window = self.attention_window
-        return window if isinstance(window, int) else window[layer]
-
-    def dilation_of_layer(self, layer: int) -> tuple[int, ...]:
-        """Dilation of each head of one layer: the last ``num_dilated_heads`` are dilated."""
-        per_layer = self.dilation
-        dilation = per_layer if isinstance(per_layer, int) else per_layer[layer]
-        plain = self.num_heads - self.num_dilated_heads
-        return (1,) * plain + (dilation,) * self.num_dilated_heads
-
-    @model_validator(mode="after")
-    def _check(self) -> CharLmConfig:
-        faults = []
-        for name, values in (
-            ("attention_window", self.attention_window),
-            ("dilation", self.dilation),
-        ):
-            if isinstance(values, list) and len(values) != self.num_layers:
-                faults.append(f"{name} has {len(values)} entries for {self.num_layers} layers")
-        windows = self.attention_window
-        odd = [w for w in ([windows] if isinstance(windows, int) else windows) if w % 2]
-        if odd:
-            faults.append(f"attention_window {odd[0]} is odd; it counts both sides, make it even")
-        if self.hidden_size % (2 * self.num_heads):
-            faults.append(
-                f"hidden_size {self.hidden_size} is not a multiple of 2 x num_heads "
-                f"{self.num_heads}, which rotary positions need"
-            )
-        if self.num_dilated_heads > self.num_heads:
-            faults.append(
-                f"num_dilated_heads {self.num_dilated_heads} is more than num_heads "
-                f"{self.num_heads}"
-            )
-        if faults:
-            raise ValueError("; ".join(faults))
-        return self
+# The models are a part of the schema: whoever needs a section need not know its file.
+__all__ = ["AnyModelConfig", "CharLmConfig", "LedConfig", "ModelConfig", "TrainConfig"]
 
 
 class DataConfig(Section):
-    """What is read, and how tokens become training sequences."""
+    """What is read, and how tokens become training sequences.
+
+    For pairs (led) ``seq_len`` and ``target_len`` are the most tokens of source and target, with
+    <s> and </s>; longer ones are cut, and the trainer counts them.
+    """
 
     train: str
     eval: str
     seq_len: Annotated[int, Field(ge=8)]
+    target_len: Annotated[int, Field(ge=3)] | None = None
     shuffle_block: PositiveInt = 1
     isolate_documents: bool = False
     global_tokens: Literal["first", "none"] = "first"
@@ -239,8 +77,6 @@ class ParallelConfig(Section):
                 "precision bf16 needs fp32 master weights, which zero_stage 0 does not keep; "
                 "set zero_stage 1"
             )
-        if self.tensor != 1:
-            raise ValueError(f"tensor {self.tensor}: tensor parallelism is not there yet; set 1")
         return self
 
 
@@ -274,7 +110,7 @@ class TrainConfig(Section):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     steps: PositiveInt
-    model: ModelConfig
+    model: AnyModelConfig
     data: DataConfig
     batch: BatchConfig
     optim: OptimConfig
@@ -282,3 +118,18 @@ class TrainConfig(Section):
     checkpoint: CheckpointConfig
     eval: EvalConfig = EvalConfig()
     tracking: TrackingConfig = TrackingConfig()
+
+    @model_validator(mode="after")
+    def _check_data_for_model(self) -> TrainConfig:
+        kind, data = self.model.kind, self.data
+        faults = []
+        if kind == "led":
+            if data.target_len is None:
+                faults.append("data.target_len is missing; a led needs it, such as target_len: 512")
+            if data.isolate_documents:
+                faults.append("data.isolate_documents is for packed text; a led reads pairs")
+        elif data.target_len is not None:
+            faults.append(f"data.target_len is for pairs; a {kind} reads text, remove it")
+        if faults:
+            raise ValueError("; ".join(faults))
+        return self

@@ -2,24 +2,55 @@
 
 from __future__ import annotations
 
-from haloformer.configs.schema import ModelConfig
+from haloformer.configs.models import CharLmConfig, LedConfig, ModelConfig
 
 
-def num_parameters(config: ModelConfig, vocab_size: int) -> int:
-    """Parameters of the Longformer MLM model; the output projection is tied to the embedding.
+def num_parameters(config: ModelConfig | LedConfig | CharLmConfig, vocab_size: int) -> int:
+    """Parameters of a model; the output projection is tied to the embedding.
 
     Args:
         config: Sizes.
         vocab_size: Entries of the token embedding.
     """
+    if isinstance(config, LedConfig):
+        return _led(config, vocab_size)
+    if isinstance(config, CharLmConfig):
+        return _char_lm(config, vocab_size)
     size = config.hidden_size
-    norm = 2 * size
-    square = size * size + size
     rows = vocab_size + config.num_position_rows + config.type_vocab_size
-    embeddings = rows * size + norm
+    head = _linear(size, size) + _norm(size) + vocab_size
+    layers = config.num_layers * _encoder_layer(size, config.ffn_size)
+    return rows * size + _norm(size) + layers + head
+
+
+def _led(config: LedConfig, vocab_size: int) -> int:
+    size = config.hidden_size
+    rows = vocab_size + config.max_source_positions + config.max_target_positions
+    encoder = config.encoder_layers * _encoder_layer(size, config.encoder_ffn_size)
+    # Self-attention and cross-attention: query, key, value, output each.
+    attention = 2 * (4 * _linear(size, size) + _norm(size))
+    decoder_layer = attention + _ffn(size, config.decoder_ffn_size) + _norm(size)
+    return rows * size + 2 * _norm(size) + encoder + config.decoder_layers * decoder_layer
+
+
+def _char_lm(config: CharLmConfig, vocab_size: int) -> int:
+    size = config.hidden_size
+    layer = 4 * _linear(size, size) + _ffn(size, config.ffn_size) + 2 * _norm(size)
+    return vocab_size * size + config.num_layers * layer + _norm(size) + vocab_size
+
+
+def _encoder_layer(size: int, ffn_size: int) -> int:
     # query, key, value, their global twins, output.
-    attention = 7 * square
-    ffn = 2 * size * config.ffn_size + config.ffn_size + size
-    layer = attention + ffn + 2 * norm
-    head = square + norm + vocab_size
-    return embeddings + config.num_layers * layer + head
+    return 7 * _linear(size, size) + _ffn(size, ffn_size) + 2 * _norm(size)
+
+
+def _ffn(size: int, inner: int) -> int:
+    return _linear(size, inner) + _linear(inner, size)
+
+
+def _linear(inputs: int, outputs: int) -> int:
+    return inputs * outputs + outputs
+
+
+def _norm(size: int) -> int:
+    return 2 * size

@@ -151,7 +151,7 @@ def _deepspeed_config(
             "allgather_bucket_size": bucket,
             "stage3_prefetch_bucket_size": bucket,
             # Keep vectors (biases, norms) whole on every rank, and split the matrices.
-            "stage3_param_persistence_threshold": max(model.hidden_size, model.ffn_size),
+            "stage3_param_persistence_threshold": model.longest_vector,
         },
     }
     if parallel.precision == "bf16":

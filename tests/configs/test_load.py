@@ -116,3 +116,75 @@ def test_the_hash_follows_the_values_and_not_the_spelling(recipe: Path) -> None:
     config = load_config(recipe)
     assert config_hash(config) == config_hash(load_config(recipe, ["seed=1"]))
     assert config_hash(config) != config_hash(load_config(recipe, ["seed=2"]))
+
+
+LED = {
+    "kind": "led",
+    "hidden_size": 16,
+    "encoder_layers": 2,
+    "decoder_layers": 1,
+    "encoder_heads": 2,
+    "decoder_heads": 4,
+    "encoder_ffn_size": 24,
+    "decoder_ffn_size": 20,
+    "max_source_positions": 64,
+    "max_target_positions": 32,
+    "attention_window": 8,
+}
+
+
+@pytest.fixture
+def led_recipe(recipe: Path) -> Path:
+    raw = yaml.safe_load(recipe.read_text())
+    raw["model"] = LED
+    raw["data"] |= {"seq_len": 64, "target_len": 32}
+    recipe.write_text(yaml.safe_dump(raw))
+    return recipe
+
+
+def test_the_kind_of_the_model_decides_its_keys(recipe: Path, led_recipe: Path) -> None:
+    config = load_config(led_recipe)
+    assert config.model.kind == "led" and config.model.longest_vector == 24
+    assert load_config("enwiki_mlm").model.kind == "longformer_mlm"
+    for override, named in (
+        ("model.num_layers=2", r"recipe.yaml: model.num_layers: unknown key \(.*\?\)$"),
+        ("model.kind=bert", r"model.kind: there is no such kind; .* led, char_lm$"),
+        ("model.kind=char_lm", r"model.num_layers: missing key; .*model.encoder_heads: unknown"),
+    ):
+        with pytest.raises(ConfigError, match=named):
+            load_config(led_recipe, [override])
+
+
+def test_all_faults_of_a_led_and_its_data_are_reported_at_once(led_recipe: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(
+            led_recipe,
+            ["model.encoder_heads=3", "model.decoder_heads=5", "model.attention_window=[3, 4, 6]"],
+        )
+    for part in (
+        "encoder_heads 3 does not divide hidden_size 16",
+        "decoder_heads 5 does not divide",
+        "attention_window has 3 entries for 2 layers",
+        "attention_window 3 is odd",
+    ):
+        assert part in str(caught.value)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(ConfigError, match=r"target_len is missing; .*isolate_documents is for"):
+        load_config(led_recipe, ["data.target_len=null", "data.isolate_documents=true"])
+    with pytest.raises(ConfigError, match="target_len is for pairs; a longformer_mlm reads text"):
+        load_config("enwiki_mlm", ["data.target_len=8"])
+
+
+def test_source_and_target_must_fit_the_positions_of_a_led(led_recipe: Path) -> None:
+    config = load_config(led_recipe, ["data.seq_len=63", "data.target_len=31"])
+    assert check_world(config, 2) == 1
+    longer = load_config(led_recipe, ["data.seq_len=65", "data.target_len=33"])
+    with pytest.raises(ConfigError) as caught:
+        check_world(longer, 2)
+    for part in (
+        "data.seq_len 65 (padded to 66 for 2 context ranks) is more than "
+        "model.max_source_positions 64",
+        "data.target_len 33 (padded to 34 for 2 context ranks) is more than "
+        "model.max_target_positions 32",
+    ):
+        assert part in str(caught.value)
