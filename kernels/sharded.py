@@ -42,7 +42,9 @@ __all__ = [
     "DropoutSite",
     "EventTrace",
     "SequenceShard",
+    "global_attention",
     "sharded_attention",
+    "sharded_band",
 ]
 
 
@@ -118,12 +120,88 @@ def sharded_attention(
             before any communication.
     """
     _check(query, key, value, global_query, global_key, global_value, spec, shard)
+    # Before any communication, so that a backend that cannot run stops all ranks alike.
+    choose_kernel(backend, query, key, Band(spec, 0, (0, shard.num_rows)))
+    heads = range(first_head, first_head + spec.num_heads)
+    attention = global_attention(shard, dropout, heads, counter)
+    global_rows = attend_globally(global_query, global_key, global_value, attention)
+    return sharded_band(
+        query,
+        key,
+        value,
+        global_rows,
+        spec,
+        shard,
+        dropout=dropout,
+        first_head=first_head,
+        backend=backend,
+        counter=counter,
+        trace=trace,
+    )
+
+
+def global_attention(
+    shard: SequenceShard,
+    dropout: AttentionDropoutSites | None,
+    heads: Sequence[int],
+    counter: CommCounter | None = None,
+) -> GlobalAttention:
+    """What answers the global rows of a layer.
+
+    Args:
+        shard: The sequence and this rank's part of it.
+        dropout: The layer's dropout sites, or None.
+        heads: Numbers, in the whole layer, of the heads that are here.
+        counter: Counts what this rank sends.
+    """
+    return GlobalAttention(
+        shard, _dropout(dropout.global_rows if dropout else None, shard, heads), counter
+    )
+
+
+def sharded_band(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    global_rows: Tensor,
+    spec: WindowSpec,
+    shard: SequenceShard,
+    *,
+    dropout: AttentionDropoutSites | None = None,
+    first_head: int = 0,
+    backend: str = "auto",
+    counter: CommCounter | None = None,
+    trace: EventTrace | None = None,
+) -> Tensor:
+    """:func:`sharded_attention` where the global rows are answered already.
+
+    Args:
+        query: [B, n, H, D] local projections of this rank's rows.
+        key: [B, n, H, D].
+        value: [B, n, H, D].
+        global_rows: [B, G, H, D], the same on all ranks, from
+            :func:`~haloformer.kernels.global_tokens.attend_globally` or
+            :mod:`~haloformer.kernels.fold`.
+        spec: As in :func:`sharded_attention`, like all that follow.
+        shard: The sequence and this rank's part of it.
+        dropout: Dropout sites; that of the global rows is not used here.
+        first_head: Number, in the whole layer, of head 0 here.
+        backend: "auto", "chunks", "triton" or "loop".
+        counter: Counts what this rank sends.
+        trace: Records when the halo travels and when rows are computed.
+
+    Returns:
+        [B, n, H, D]; rows of padding are zero.
+
+    Raises:
+        ValueError: As :func:`sharded_attention`.
+    """
+    rows = {"key": (key, shard.num_rows), "value": (value, shard.num_rows)}
+    check_projections(spec, query, {**rows, "global_rows": (global_rows, shard.num_globals)})
+    check_shape("query", query, (query.shape[0], shard.num_rows, *query.shape[2:]))
     kernel = choose_kernel(backend, query, key, Band(spec, 0, (0, shard.num_rows)))
     heads = range(first_head, first_head + spec.num_heads)
     band_dropout = _dropout(dropout.band if dropout else None, shard, heads)
-    attention = GlobalAttention(
-        shard, _dropout(dropout.global_rows if dropout else None, shard, heads), counter
-    )
     far_key, far_value = gather_rows_of([key, value], shard, counter)
     pieces = []
     for group in spec.groups_by_reach():
@@ -133,9 +211,7 @@ def sharded_attention(
             group_dropout = replace(band_dropout, heads=tuple(heads[h] for h in group))
         job = BandJob(spec.select(group), shard, group_dropout, kernel, counter, trace)
         pieces.append(overlapped_band(q, k, v, g_k, g_v, job))
-    band_rows = _join_heads(pieces, spec)
-    global_rows = attend_globally(global_query, global_key, global_value, attention)
-    return scatter_rows(band_rows, global_rows, shard)
+    return scatter_rows(_join_heads(pieces, spec), global_rows, shard)
 
 
 def _check(

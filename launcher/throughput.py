@@ -9,6 +9,7 @@ import time
 import torch
 
 from haloformer.configs.schema import ModelConfig
+from haloformer.kernels.fold import folding_pays
 
 # Dense bf16 TFLOP/s without sparsity, from the vendors' data sheets.
 GPU_PEAK_TFLOPS = {"H200": 989.0, "H100": 989.0, "A100": 312.0, "L40S": 362.0, "V100": 125.0}
@@ -29,16 +30,20 @@ def forward_flops_per_token(
         target_fraction: Masked positions per token.
     """
     size = config.hidden_size
-    # query, key, value, output on local rows; key_global and value_global on the same rows.
-    projections = 2 * 6 * size * size
+    # query, key, value, output.
+    projections = 2 * 4 * size * size
+    # QK and PV of the global rows over hidden states, or over projections made for them.
+    if folding_pays(num_globals, config.num_heads, size):
+        global_rows = 2 * 2 * size * config.num_heads * num_globals
+    else:
+        global_rows = 2 * 2 * size * (size + num_globals)
     ffn = 2 * 2 * size * config.ffn_size
     sides = 1 if config.causal else 2
     flops = 0.0
     for layer in range(config.num_layers):
         band = sides * (config.window_of_layer(layer) // 2) + 1
-        # QK and PV over the band and the global columns; global rows read every token too.
-        attention = 2 * 2 * size * (band + 2 * num_globals)
-        flops += projections + ffn + attention
+        # QK and PV over the band and the global columns.
+        flops += projections + ffn + global_rows + 2 * 2 * size * (band + num_globals)
     head = 2 * size * (size + vocab_size)
     return flops + target_fraction * head
 

@@ -11,11 +11,13 @@ from haloformer.kernels.sharded import (
     AttentionDropoutSites,
     DropoutSite,
     SequenceShard,
-    sharded_attention,
+    global_attention,
+    sharded_band,
 )
 from haloformer.kernels.spec import WindowSpec
 from haloformer.model.dropout_sites import DropoutStep, Site
-from haloformer.model.layers import column_linear, row_linear, tensor_share
+from haloformer.model.global_rows import GlobalKey, GlobalValue, answer_global_rows
+from haloformer.model.layers import column_linear, plain_linear, row_linear, tensor_share
 
 
 class LongformerSelfAttention(nn.Module):
@@ -53,7 +55,12 @@ class LongformerSelfAttention(nn.Module):
             return column_linear(hidden_size, hidden_size, std, tensor_group)
 
         self.query, self.key, self.value = column(), column(), column()
-        self.query_global, self.key_global, self.value_global = column(), column(), column()
+        self.query_global = column()
+        if tensor_group is None:
+            self.key_global: nn.Module = plain_linear(hidden_size, hidden_size, std, GlobalKey)
+            self.value_global: nn.Module = plain_linear(hidden_size, hidden_size, std, GlobalValue)
+        else:
+            self.key_global, self.value_global = column(), column()
         self.output = row_linear(hidden_size, hidden_size, std, tensor_group)
 
     def forward(
@@ -72,16 +79,24 @@ class LongformerSelfAttention(nn.Module):
         # The same calls on every rank and in every step, whoever holds a global token: ZeRO
         # follows the order of the graph.
         globals_ = gather_global_rows(hidden, shard)  # [B, G, E]
-        attended = sharded_attention(
-            self._heads(self.query(hidden)),
-            self._heads(self.key(hidden)),
-            self._heads(self.value(hidden)),
+        sites = self._dropout_sites(step)
+        query, key, value = (self._heads(f(hidden)) for f in (self.query, self.key, self.value))
+        heads = range(self.first_head, self.first_head + self.spec.num_heads)
+        global_rows = answer_global_rows(
             self._heads(self.query_global(globals_)),
-            self._heads(self.key_global(hidden)),
-            self._heads(self.value_global(hidden)),
+            hidden,
+            self.key_global,
+            self.value_global,
+            global_attention(shard, sites, heads),
+        )
+        attended = sharded_band(
+            query,
+            key,
+            value,
+            global_rows,
             self.spec,
             shard,
-            dropout=self._dropout_sites(step),
+            dropout=sites,
             first_head=self.first_head,
             backend=self.backend,
         )

@@ -95,7 +95,7 @@ def vocab_embedding(
     """
     if tensor_group is None:
         return plain_embedding(num_embeddings, embedding_dim, std)
-    from haloformer.model.megatron_layers import VocabEmbedding
+    from haloformer.model.megatron_layers import VocabEmbedding, mark_padding
 
     def fill(weight: Tensor) -> Tensor:
         nn.init.zeros_(weight)
@@ -103,7 +103,9 @@ def vocab_embedding(
         return weight
 
     rows = padded_vocab(num_embeddings, tensor_group)
-    return VocabEmbedding(rows, embedding_dim, fill, tensor_group)
+    table = VocabEmbedding(rows, embedding_dim, fill, tensor_group)
+    mark_padding(table.weight, num_embeddings)
+    return table
 
 
 def padded_vocab(vocab_size: int, tensor_group: ProcessGroup | None) -> int:
@@ -117,9 +119,10 @@ def vocab_bias(vocab_size: int, tensor_group: ProcessGroup | None) -> nn.Paramet
     rows = tensor_share(padded_vocab(vocab_size, tensor_group), "vocabulary rows", tensor_group)
     bias = nn.Parameter(torch.zeros(len(rows)))
     if tensor_group is not None:
-        from haloformer.model.megatron_layers import mark_as_split
+        from haloformer.model.megatron_layers import mark_as_split, mark_padding
 
         mark_as_split(bias)
+        mark_padding(bias, vocab_size)
     return bias
 
 
@@ -144,9 +147,11 @@ def vocab_logits(
     return nn.functional.linear(features, weight, bias)
 
 
-def plain_linear(in_features: int, out_features: int, std: float) -> nn.Linear:
+def plain_linear(
+    in_features: int, out_features: int, std: float, kind: type[nn.Linear] = nn.Linear
+) -> nn.Linear:
     """A linear that is whole on every rank: weight from N(0, std), bias zero."""
-    linear: nn.Linear = _unfilled(lambda: nn.Linear(in_features, out_features))
+    linear: nn.Linear = _unfilled(lambda: kind(in_features, out_features))
     normal_initializer(std)(linear.weight.data)
     torch.nn.init.zeros_(linear.bias)
     return linear

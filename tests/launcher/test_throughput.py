@@ -22,11 +22,18 @@ def test_the_parameter_count_is_that_of_the_model() -> None:
 
 def test_flops_are_the_textbook_terms() -> None:
     size, window = MODEL.hidden_size, 256
-    layer = 2 * (6 * size * size + 2 * size * MODEL.ffn_size) + 4 * size * (window + 1)
+    layer = 2 * (4 * size * size + 2 * size * MODEL.ffn_size) + 4 * size * (window + 1)
     flops = forward_flops_per_token(MODEL, 261, num_globals=0, target_fraction=0.0)
     assert flops == MODEL.num_layers * layer
     head = forward_flops_per_token(MODEL, 261, num_globals=0, target_fraction=1.0) - flops
     assert head == 2 * size * (size + 261)
+    one, many = (
+        forward_flops_per_token(MODEL, 261, num_globals=count, target_fraction=0.0) - flops
+        for count in (1, size)
+    )
+    # A global column, and the global rows: folded, or with two projections of the sequence.
+    assert one == MODEL.num_layers * 4 * size * (1 + MODEL.num_heads)
+    assert many == MODEL.num_layers * 4 * size * (size + size + size)
     assert training_flops_per_token(flops) == 3 * flops
 
 
