@@ -15,13 +15,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from haloformer.configs.schema import LedConfig, ModelConfig
 from haloformer.model.classification import LongformerForSequenceClassification
 from haloformer.model.encoder import LongformerEncoder
 from haloformer.model.hf_config import (
     LED_DEFAULTS,
     LONGFORMER_DEFAULTS,
+    TokenIds,
     led_config,
+    led_raw,
     longformer_config,
+    longformer_raw,
+    refuse_ours_alone,
     with_defaults,
 )
 from haloformer.model.hf_folder import dtype_name, read_config, read_weights, write_folder
@@ -108,10 +113,12 @@ def save_pretrained(model: nn.Module, folder: str | Path) -> None:
         folder: New, or without a model.
 
     Raises:
-        ValueError: If it is not a plain model, or the folder holds a model already.
+        ValueError: If it is not a plain model, has what transformers does not have, or the folder
+            holds a model already.
     """
     if not isinstance(model, PlainModel):
         raise ValueError(f"{type(model).__name__} is not a model from load_pretrained")
+    refuse_ours_alone(model.raw_config)
     state = model.state_dict()
     bias = state.pop("model.final_logits_bias", None)
     weights = theirs_from_ours(parameter_names(model), state)
@@ -119,6 +126,28 @@ def save_pretrained(model: nn.Module, folder: str | Path) -> None:
         weights["final_logits_bias"] = bias[None]
     dtype = dtype_name(next(model.parameters()).dtype)
     write_folder(Path(folder), {**model.raw_config, "dtype": dtype}, weights)
+
+
+def plain_from_config(
+    config: ModelConfig | LedConfig, vocab_size: int, tokens: TokenIds
+) -> PlainMaskedLM | PlainLed:
+    """An untrained plain model of a recipe's section, in eval mode; ``.model`` is what trains.
+
+    Args:
+        config: Sizes.
+        vocab_size: Entries of the token embedding.
+        tokens: Special tokens of the tokenizer.
+    """
+    model: PlainMaskedLM | PlainLed
+    if isinstance(config, LedConfig):
+        led_model = LedForConditionalGeneration(config, vocab_size)
+        model = PlainLed(led_model, led_raw(config, vocab_size, tokens))
+    else:
+        raw = longformer_raw(config, vocab_size, tokens)
+        model = PlainMaskedLM(LongformerForMaskedLM(config, vocab_size), raw)
+    _tell_padding(model)
+    model.eval()
+    return model
 
 
 def parameter_names(model: PlainModel) -> Names:

@@ -7,9 +7,18 @@ the same name. And it leaves out of the file what equals its defaults.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 from haloformer.configs.schema import LedConfig, ModelConfig
+
+
+class TokenIds(NamedTuple):
+    """Ids of the special tokens that a config.json names."""
+
+    bos: int
+    pad: int
+    eos: int
+
 
 # transformers 5.23 LongformerConfig: what a key means when config.json does not have it.
 LONGFORMER_DEFAULTS: dict[str, Any] = {
@@ -124,6 +133,93 @@ def led_config(raw: dict[str, Any]) -> LedConfig:
         activation_dropout=full["activation_dropout"],
         initializer_range=full["init_std"],
     )
+
+
+def longformer_raw(config: ModelConfig, vocab_size: int, tokens: TokenIds) -> dict[str, Any]:
+    """The config.json of a masked language model that was trained here.
+
+    What transformers has no word for stands under our own names; ``refuse_ours_alone`` finds it.
+    """
+    ours_alone: dict[str, Any] = {}
+    if config.causal:
+        ours_alone["causal"] = True
+    if config.dilation != 1:
+        ours_alone["dilation"] = config.dilation
+    if config.padding_position != tokens.pad:
+        ours_alone["padding_position"] = config.padding_position
+    return ours_alone | {
+        "architectures": ["LongformerForMaskedLM"],
+        "model_type": "longformer",
+        "attention_probs_dropout_prob": config.attention_dropout,
+        "attention_window": [config.window_of_layer(i) for i in range(config.num_layers)],
+        "bos_token_id": tokens.bos,
+        "eos_token_id": tokens.eos,
+        "hidden_act": "gelu",
+        "hidden_dropout_prob": config.hidden_dropout,
+        "hidden_size": config.hidden_size,
+        "initializer_range": config.initializer_range,
+        "intermediate_size": config.ffn_size,
+        "layer_norm_eps": config.layer_norm_eps,
+        "max_position_embeddings": config.num_position_rows,
+        "num_attention_heads": config.num_heads,
+        "num_hidden_layers": config.num_layers,
+        "pad_token_id": tokens.pad,
+        "sep_token_id": tokens.eos,
+        "tie_word_embeddings": True,
+        "type_vocab_size": config.type_vocab_size,
+        "vocab_size": vocab_size,
+    }
+
+
+def led_raw(config: LedConfig, vocab_size: int, tokens: TokenIds) -> dict[str, Any]:
+    """The config.json of an LED that was trained here; its decoder starts with </s>, as BART's."""
+    section = config.encoder_section()
+    return {
+        **LED_DEFAULTS,
+        "architectures": ["LEDForConditionalGeneration"],
+        "model_type": "led",
+        "activation_dropout": config.activation_dropout,
+        "attention_dropout": config.attention_dropout,
+        "attention_window": [section.window_of_layer(i) for i in range(config.encoder_layers)],
+        "bos_token_id": tokens.bos,
+        "d_model": config.hidden_size,
+        "decoder_attention_heads": config.decoder_heads,
+        "decoder_ffn_dim": config.decoder_ffn_size,
+        "decoder_layers": config.decoder_layers,
+        "decoder_start_token_id": tokens.eos,
+        "dropout": config.hidden_dropout,
+        "encoder_attention_heads": config.encoder_heads,
+        "encoder_ffn_dim": config.encoder_ffn_size,
+        "encoder_layers": config.encoder_layers,
+        "eos_token_id": tokens.eos,
+        "init_std": config.initializer_range,
+        "is_encoder_decoder": True,
+        "max_decoder_position_embeddings": config.max_target_positions,
+        "max_encoder_position_embeddings": config.max_source_positions,
+        "pad_token_id": tokens.pad,
+        "vocab_size": vocab_size,
+    }
+
+
+def refuse_ours_alone(raw: dict[str, Any]) -> None:
+    """Refuse to write a model that transformers would load and compute differently.
+
+    Raises:
+        ValueError: Naming the setting and what to train with instead.
+    """
+    if raw.get("model_type") != "longformer":
+        return
+    remedies = {
+        "causal": "causal false",
+        "dilation": "dilation 1",
+        "padding_position": f"padding_position {raw['pad_token_id']}, the id of <pad>",
+    }
+    for key, remedy in remedies.items():
+        if key in raw:
+            raise ValueError(
+                f"model.{key} is {raw[key]}, which transformers' Longformer does not have, so this "
+                f"model cannot be exported; train one with {remedy}"
+            )
 
 
 def refuse_one_sided(raw: dict[str, Any]) -> None:

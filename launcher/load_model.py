@@ -1,0 +1,195 @@
+"""From a run to its model, in this process alone: weights, recipe, tokenizer.
+
+    trained = load_run("latest")
+    trained.model(input_ids, attention_mask).logits
+
+The model is a plain torch module under transformers' call; nothing is sharded and no process
+group is made, whatever layout the run was trained on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
+
+from haloformer.configs.load import parse_config
+from haloformer.configs.schema import CharLmConfig, TrackingConfig, TrainConfig
+from haloformer.data_pipeline.index import ShardIndex, load_index
+from haloformer.data_pipeline.tokenizers import Tokenizer
+from haloformer.launcher import tracking
+from haloformer.launcher.catalog import Catalog, folder_of
+from haloformer.launcher.manifest import Manifest
+from haloformer.model.convert import plain_from_config
+from haloformer.model.hf_config import TokenIds
+from haloformer.model.plain import PlainMaskedLM
+from haloformer.model.plain_led import PlainLed
+
+
+@dataclass(frozen=True)
+class Found:
+    """A committed checkpoint, and where it is."""
+
+    catalog: Catalog
+    manifest: Manifest
+
+    def train_config(self) -> TrainConfig:
+        """The recipe it was trained with, validated."""
+        return parse_config(self.manifest.config, f"run {self.catalog.run_id}")
+
+
+@dataclass(frozen=True)
+class TrainedModel:
+    """A model of a run.
+
+    Attributes:
+        model: fp32, on the CPU, in eval mode.
+        config: The run's recipe.
+        tokenizer: The one that made the run's data.
+        run_id: The run.
+        step: Optimizer steps it was trained for.
+    """
+
+    model: PlainMaskedLM | PlainLed
+    config: TrainConfig
+    tokenizer: Tokenizer
+    run_id: str
+    step: int
+
+
+def load_run(
+    run: str,
+    step: int | None = None,
+    *,
+    experiment: str | None = None,
+    data: Path | None = None,
+) -> TrainedModel:
+    """Load the newest committed checkpoint of a run whose files are as they were written.
+
+    Args:
+        run: Its id, or ``latest``.
+        step: The checkpoint of this step instead; damaged files are then an error.
+        experiment: Where ``latest`` is looked for; None is the default experiment.
+        data: Where the run's training data is now; None is where it was.
+
+    Raises:
+        ValueError: If there is no such run or checkpoint, it is damaged, its data has moved, or
+            the model is one that has no plain form.
+    """
+    return load_found(find_checkpoint(run, step, experiment), data)
+
+
+def find_checkpoint(run: str, step: int | None, experiment: str | None) -> Found:
+    """The checkpoint that ``load_run`` would load, verified; nothing is loaded yet.
+
+    Raises:
+        ValueError: If there is none, or the one that is named is damaged.
+    """
+    uri = tracking.tracking_uri(TrackingConfig(), os.environ.get("MLFLOW_TRACKING_URI"))
+    client = tracking.connect(uri)
+    where = TrackingConfig().experiment if experiment is None else experiment
+    for run_id in _candidates(client, run, where):
+        catalog = Catalog(client, run_id)
+        if step is not None and catalog.committed():
+            manifest = catalog.find(step)
+            fault = catalog.verify(manifest)
+            if fault is not None:
+                raise ValueError(
+                    f"checkpoint step {step} of run {run_id} is damaged: {fault}; leave out "
+                    "--step to take the newest that is whole"
+                )
+            return Found(catalog, manifest)
+        newest = catalog.newest_valid()
+        if newest is not None:
+            return Found(catalog, newest)
+    place = f"experiment {where} at {uri}" if run == "latest" else f"run {run}"
+    raise ValueError(
+        f"{place} has no committed checkpoint; train first, or name another run or --experiment"
+    )
+
+
+def load_found(found: Found, data: Path | None = None) -> TrainedModel:
+    """Load a checkpoint that ``find_checkpoint`` found.
+
+    Args:
+        found: The checkpoint.
+        data: Where the run's training data is now; None is where it was.
+
+    Raises:
+        ValueError: As ``load_run``.
+    """
+    config, manifest = found.train_config(), found.manifest
+    run_id = found.catalog.run_id
+    if isinstance(config.model, CharLmConfig):
+        raise ValueError(
+            f"run {run_id} is a char_lm, which transformers has no model for: only longformer_mlm "
+            "and led runs can be loaded outside of training"
+        )
+    index = _index_of_run(config, manifest, run_id, data)
+    tokenizer = index.load_tokenizer()
+    special = tokenizer.specials
+    tokens = TokenIds(bos=special.bos, pad=special.pad, eos=special.eos)
+    model = plain_from_config(config.model, index.vocab_size, tokens)
+    # It brings DeepSpeed along, seconds that an error above need not wait for.
+    from haloformer.launcher.fragments import load_weights
+
+    with _files_of(found) as folder:
+        load_weights(model.model, folder)
+    return TrainedModel(model, config, tokenizer, run_id, manifest.step)
+
+
+def _candidates(client: MlflowClient, run: str, experiment: str) -> Iterator[str]:
+    if run != "latest":
+        yield tracking.find_run(client, run).info.run_id
+        return
+    for found in tracking.runs_newest_first(client, experiment, None):
+        yield found.info.run_id
+
+
+def _index_of_run(
+    config: TrainConfig, manifest: Manifest, run_id: str, data: Path | None
+) -> ShardIndex:
+    """The index of the data set that the run was trained on."""
+    folder = Path(config.data.train) if data is None else data
+    if data is None and not folder.exists():
+        raise ValueError(
+            f"run {run_id} was trained on {folder}, which is not there (seen from {Path.cwd()}), "
+            "and its tokenizer is in that folder; say where the training data is now with --data"
+        )
+    index = load_index(folder)
+    identity = manifest.state.get("identity")
+    trained_on = identity.get("data_sha256") if isinstance(identity, dict) else None
+    if trained_on is not None and trained_on != index.sha256:
+        raise ValueError(
+            f"{folder}: not the data that run {run_id} was trained on (its hash is "
+            f"{index.sha256[:12]}, not {str(trained_on)[:12]}); name the right folder with --data"
+        )
+    return index
+
+
+@contextlib.contextmanager
+def _files_of(found: Found) -> Iterator[Path]:
+    """A folder of this machine with the files of a checkpoint; a remote store's are fetched."""
+    artifacts, manifest = found.catalog.artifacts, found.manifest
+    step_folder = folder_of(manifest.step)
+    local = artifacts.local_path(f"{step_folder}/{manifest.folder}")
+    if local is not None:
+        yield local
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        for entry in manifest.files:
+            try:
+                artifacts.fetch(f"{step_folder}/{entry.name}", Path(scratch))
+            except MlflowException as error:
+                reason = " ".join(str(error).split())[:200]
+                raise ValueError(
+                    f"{step_folder}/{entry.name} cannot be fetched ({reason}); is the artifact "
+                    "store up?"
+                ) from error
+        yield Path(scratch)
