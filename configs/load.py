@@ -135,8 +135,8 @@ def _position_faults(config: TrainConfig) -> list[str]:
         padded = -(-length // context) * context
         if padded > limit:
             faults.append(
-                f"data.{name} {length} (padded to {padded} for {context} context ranks) is more than "
-                f"model.{limit_name} {limit}"
+                f"data.{name} {length} (padded to {padded} for {context} context ranks) is more "
+                f"than model.{limit_name} {limit}"
             )
     return faults
 

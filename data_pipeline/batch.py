@@ -38,6 +38,11 @@ class Batch:
     sample_ids: NDArray[np.int64]  # [b], slot in the global batch = number of the logical stream
     spans: tuple[tuple[Span, ...], ...]  # per sequence: which text it holds
 
+    @property
+    def num_tokens(self) -> int:
+        """Tokens, padding left out."""
+        return int(self.attention_mask.sum())
+
     def split(self, micro_batch: int) -> Iterator[Batch]:
         """Cut into micro batches of ``micro_batch`` sequences (the last may be shorter)."""
         for start in range(0, len(self.sample_ids), micro_batch):

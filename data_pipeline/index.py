@@ -3,6 +3,7 @@
     train/
       index.json            written last: a folder without it is not a data set
       shard-000000.tar      WebDataset: 000000000000.json, 000000000000.npy, 000000000001.json ...
+                            (of a pair the .npy holds source and target, one after the other)
       shard-000000.offsets  one RECORD per sample: where its tokens lie in the tar
       tokenizer/            what made the tokens
 
@@ -17,7 +18,7 @@ import json
 import re
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,6 +34,9 @@ TOKENIZER_FOLDER = "tokenizer"
 RECORD = np.dtype(
     [("offset", "<u8"), ("num_tokens", "<u4"), ("num_bytes", "<u4"), ("crc32", "<u4")]
 )
+# A pair's tokens are those of its source and then those of its target.
+PAIR_RECORD = np.dtype([*RECORD.descr, ("num_source", "<u4")])
+Content = Literal["documents", "pairs"]
 _SHARD_NAME = re.compile(r"shard-[0-9]{6,9}\.tar")
 _HASH = re.compile(r"[0-9a-f]{64}")
 _DTYPES = ("<u2", "<i4")
@@ -69,10 +73,11 @@ class ShardIndex:
     tokenizer_sha256: str
     vocab_size: int
     sha256: str  # names the content: two data sets with the same hash are the same
+    content: Content = "documents"
 
     @property
     def num_samples(self) -> int:
-        """Documents."""
+        """Documents, or pairs."""
         return sum(shard.num_samples for shard in self.shards)
 
     @property
@@ -94,6 +99,25 @@ class ShardIndex:
     def characters_per_token(self) -> float:
         """Bits per character = nats per token / ln 2 / characters_per_token."""
         return sum(shard.num_characters for shard in self.shards) / self.num_tokens
+
+    @property
+    def record(self) -> np.dtype[np.void]:
+        """One entry of an offset table."""
+        return PAIR_RECORD if self.content == "pairs" else RECORD
+
+    def check_content(self, wanted: Content) -> None:
+        """Refuse a data set of the other kind.
+
+        Raises:
+            DataError: If it holds something else.
+        """
+        if self.content != wanted:
+            formats = {"documents": "text, jsonl or mediawiki", "pairs": "pairs or mediawiki_lead"}
+            raise DataError(
+                f"it holds {self.content}, and this model is trained on {wanted}",
+                file=self.folder,
+                remedy=f"prepare the data with --format {formats[wanted]}",
+            )
 
     def load_tokenizer(self) -> Tokenizer:
         """Load the tokenizer that made these tokens.
@@ -126,12 +150,13 @@ class ShardIndex:
 
 
 def save_index(
-    folder: Path, shards: list[ShardInfo], dtype: str, tokenizer: Tokenizer
+    folder: Path, shards: list[ShardInfo], dtype: str, tokenizer: Tokenizer, holds: Content
 ) -> ShardIndex:
     """Write ``index.json``, which makes the folder a data set."""
     content: dict[str, Any] = {
         "format": FORMAT,
         "version": VERSION,
+        "content": holds,
         "dtype": dtype,
         "tokenizer": {
             "kind": tokenizer.kind,
@@ -202,6 +227,9 @@ def _parse(folder: Path, content: dict[str, Any]) -> ShardIndex:
         raise ValueError("there is no token in it")
     if content["dtype"] not in _DTYPES:
         raise ValueError(f"dtype {content['dtype']!r}")
+    holds = content.get("content", "documents")  # older data sets hold documents and do not say so
+    if holds not in get_args(Content):
+        raise ValueError(f"content {holds!r}")
     return ShardIndex(
         folder=folder,
         shards=shards,
@@ -210,11 +238,12 @@ def _parse(folder: Path, content: dict[str, Any]) -> ShardIndex:
         tokenizer_sha256=str(tokenizer["sha256"]),
         vocab_size=int(tokenizer["vocab_size"]),
         sha256=content["sha256"],
+        content=holds,
     )
 
 
 def load_table(index: ShardIndex, shard: int) -> NDArray[np.void]:
-    """Read the offset table of one shard: RECORD [num_samples], read-only.
+    """Read the offset table of one shard: ``index.record`` [num_samples], read-only.
 
     Raises:
         DataError: If it is missing or not the one that was written.
@@ -227,9 +256,9 @@ def load_table(index: ShardIndex, shard: int) -> NDArray[np.void]:
         raise DataError("the offset table is missing", file=path, remedy=_REMEDY) from fault
     if hashlib.sha256(content).hexdigest() != info.table_sha256:
         raise DataError("the offset table is damaged (wrong sha256)", file=path, remedy=_REMEDY)
-    if len(content) != info.num_samples * RECORD.itemsize:
+    if len(content) != info.num_samples * index.record.itemsize:
         raise DataError(f"the offset table has not {info.num_samples} records", file=path)
-    table = np.frombuffer(content, RECORD)
+    table = np.frombuffer(content, index.record)
     lengths = table["num_tokens"]
     if int(lengths.sum(dtype=np.int64)) != info.num_tokens or (len(table) and not lengths.all()):
         raise DataError(f"the offset table does not sum to {info.num_tokens} tokens", file=path)

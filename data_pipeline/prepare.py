@@ -27,6 +27,7 @@ from haloformer.data_pipeline.sources import (
     Document,
     InputFile,
     SourceFormat,
+    content_of,
     find_inputs,
     iter_documents,
 )
@@ -80,7 +81,7 @@ def prepare(
 
     Args:
         inputs: Files and folders.
-        source_format: ``text``, ``jsonl`` or ``mediawiki``.
+        source_format: See ``iter_documents``; ``pairs`` and ``mediawiki_lead`` make pairs.
         tokenizer: ``byte``, ``train:N``, or a folder with vocab.json and merges.txt.
         output: The folder to make; if it was made by the same request it is used as it is.
         holdout: Share of documents that go to ``eval``, evenly spread; 0 makes no ``eval``.
@@ -165,6 +166,8 @@ class _Job:
             self.report("reading", document, number, 0)
             if not held_out:
                 yield document.text
+                if document.target is not None:
+                    yield document.target
 
     def report(self, phase: str, document: Document, num_documents: int, num_tokens: int) -> None:
         if self.progress is not None:
@@ -181,12 +184,13 @@ def _write(
         writers = {}
         for name in ("train", "eval"):
             (folder / name).mkdir()
-            writer = DatasetWriter(folder / name, tokenizer, shard_tokens)
+            content = content_of(job.source_format)
+            writer = DatasetWriter(folder / name, tokenizer, shard_tokens, content)
             writers[name] = stack.enter_context(writer)
         train, held = writers["train"], writers["eval"]
         for document, held_out in job.documents():
             writer = held if held_out else train
-            writer.add(document.text, tokenizer.encode(document.text), document.origin)
+            _write_document(writer, document, tokenizer)
             num_documents = train.num_samples + held.num_samples
             job.report("writing", document, num_documents, train.num_tokens + held.num_tokens)
         num_documents = train.num_samples + held.num_samples
@@ -207,6 +211,15 @@ def _write(
             held.close()
         else:
             (folder / "eval").rmdir()
+
+
+def _write_document(writer: DatasetWriter, document: Document, tokenizer: Tokenizer) -> None:
+    text, target = document.text, document.target
+    if target is None:
+        writer.add(text, tokenizer.encode(text), document.origin)
+    else:
+        tokens = tokenizer.encode(text), tokenizer.encode(target)
+        writer.add_pair((text, target), *tokens, document.origin)
 
 
 def _estimate(files: Sequence[InputFile], kind: str) -> int:

@@ -22,11 +22,13 @@ from haloformer.data_pipeline.prepare import (
     Progress,
     prepare,
 )
+from haloformer.data_pipeline.sources import FORMATS
 
 DESCRIPTION = "Turn text into tar shards of tokenised documents, split into train and eval."
 EPILOG = """example:
   haloformer prepare --input enwiki.xml.bz2 --format mediawiki --tokenizer train:8192 \\
       --output data/enwiki
+  haloformer prepare --input papers.jsonl --format pairs --tokenizer train:8192 --output data/papers
   haloformer prepare --input books/ --format text --tokenizer byte --output data/books
 
 The same request again finds its result and returns at once. A file of --format text is one
@@ -51,8 +53,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="files, or folders that hold them; .gz and .bz2 are opened",
     )  # fmt: skip
     parser.add_argument(
-        "--format", choices=("text", "jsonl", "mediawiki"), required=True,
-        help="text: one document per file; jsonl: key `text`; mediawiki: XML dump, articles only",
+        "--format", choices=FORMATS, required=True,
+        help="text: one document per file; jsonl: key `text`; mediawiki: XML dump, articles only; "
+        "pairs: JSONL, keys `source` and `target`; mediawiki_lead: pairs of an article's sections "
+        "and its lead",
     )  # fmt: skip
     parser.add_argument(
         "--tokenizer", required=True, metavar="byte|train:N|PATH",
@@ -127,7 +131,7 @@ def _summary(result: Prepared) -> dict[str, object]:
 
 def _sentence(result: Prepared) -> str:
     parts = [
-        f"{index.folder}: {index.num_samples} documents, {index.num_tokens} tokens, "
+        f"{index.folder}: {index.num_samples} {index.content}, {index.num_tokens} tokens, "
         f"{len(index.shards)} shards"
         for index in (result.train, result.eval)
         if index is not None

@@ -59,6 +59,11 @@ class ShardReader:
         """Token counts of a shard's documents, int64 [num_samples]."""
         return self._table(shard)["num_tokens"].astype(np.int64)
 
+    def pair_lengths(self, shard: int, sample: int) -> tuple[int, int]:
+        """Tokens of a pair's source, and of source and target, which follows it."""
+        record = self._table(shard)[sample]
+        return int(record["num_source"]), int(record["num_tokens"])
+
     def check(self, shard: int, sample: int) -> None:
         """Make sure that a document's tokens are the ones that were written.
 

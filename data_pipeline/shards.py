@@ -25,8 +25,10 @@ from numpy.typing import NDArray
 
 from haloformer.data_pipeline.files import fsync_folder, write_atomic
 from haloformer.data_pipeline.index import (
+    PAIR_RECORD,
     RECORD,
     TOKENIZER_FOLDER,
+    Content,
     ShardIndex,
     ShardInfo,
     save_index,
@@ -73,15 +75,23 @@ class DatasetWriter:
         folder: An existing, empty folder.
         tokenizer: What made the tokens; it is saved beside them.
         shard_tokens: A shard is closed before it would pass this many tokens.
+        content: What is written: by ``add`` documents, by ``add_pair`` pairs.
     """
 
-    def __init__(self, folder: Path, tokenizer: Tokenizer, shard_tokens: int) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        tokenizer: Tokenizer,
+        shard_tokens: int,
+        content: Content = "documents",
+    ) -> None:
         self._folder = folder
         self._tokenizer = tokenizer
         self._shard_tokens = shard_tokens
+        self._content: Content = content
         self._dtype = np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<i4")
         self._shards: list[ShardInfo] = []
-        self._records: list[tuple[int, int, int, int]] = []
+        self._records: list[tuple[int, ...]] = []
         self._held = 0  # tokens and characters of the open shard
         self._num_characters = 0
         self.num_samples = 0
@@ -111,6 +121,30 @@ class DatasetWriter:
             tokens: Its ids, int64 [n], n > 0.
             origin: Where it comes from; kept in the sample's JSON.
         """
+        assert self._content == "documents"
+        self._add(text, tokens, origin)
+
+    def add_pair(
+        self,
+        texts: tuple[str, str],
+        source: NDArray[np.int64],
+        target: NDArray[np.int64],
+        origin: str,
+    ) -> None:
+        """Append one pair.
+
+        Args:
+            texts: Source and target.
+            source: Ids of the source, int64 [n], n > 0.
+            target: Ids of the target, int64 [m], m > 0.
+            origin: Where it comes from; kept in the sample's JSON.
+        """
+        assert self._content == "pairs" and len(source) and len(target)
+        self._add("".join(texts), np.concatenate([source, target]), origin, len(source))
+
+    def _add(
+        self, text: str, tokens: NDArray[np.int64], origin: str, num_source: int | None = None
+    ) -> None:
         assert len(tokens), "an empty document has no place in a shard"
         if self._writer is None:
             self._writer = self._open()
@@ -124,6 +158,8 @@ class DatasetWriter:
             "num_tokens": len(tokens),
             "source": origin,
         }
+        if num_source is not None:
+            meta["num_source"] = num_source
         json_bytes, npy_bytes = json.dumps(meta).encode(), _npy(stored)
         archive = self._writer.tarstream.tarstream
         start = archive.offset
@@ -134,7 +170,8 @@ class DatasetWriter:
             "webdataset changed its layout"
         )
         offset = npy_start + len(npy_bytes) - stored.nbytes
-        self._records.append((offset, len(tokens), num_bytes, zlib.crc32(stored.data)))
+        record = (offset, len(tokens), num_bytes, zlib.crc32(stored.data))
+        self._records.append(record if num_source is None else (*record, num_source))
         self._held += len(tokens)
         self._num_characters += len(text)
         self.num_samples += 1
@@ -148,7 +185,9 @@ class DatasetWriter:
         folder.mkdir()
         self._tokenizer.save(folder)
         fsync_folder(self._folder)
-        return save_index(self._folder, self._shards, self._dtype.str, self._tokenizer)
+        return save_index(
+            self._folder, self._shards, self._dtype.str, self._tokenizer, self._content
+        )
 
     def _open(self) -> ShardWriter:
         # webdataset imports torch: two seconds that only writing is worth.
@@ -176,7 +215,7 @@ class DatasetWriter:
         assert file is not None and file.path == Path(name)
         file.finish()
         self._file = None
-        table = np.array(self._records, RECORD)
+        table = np.array(self._records, PAIR_RECORD if self._content == "pairs" else RECORD)
         info = ShardInfo(
             name=file.path.name,
             size=file.size,

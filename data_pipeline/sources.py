@@ -1,4 +1,4 @@
-"""Streaming readers: text files, JSONL and MediaWiki XML -> documents.
+"""Streaming readers: text files, JSONL and MediaWiki XML -> documents, or pairs of texts.
 
 Memory is bounded by one document. Files may be compressed (.gz, .bz2); a folder stands for all
 files below it that carry a suffix of the format, in the order of their names.
@@ -12,20 +12,26 @@ import io
 import json
 import os
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, NamedTuple, get_args
 
 from haloformer.data_pipeline.errors import DataError
+from haloformer.data_pipeline.index import Content
+from haloformer.data_pipeline.leads import split_lead
 from haloformer.data_pipeline.mediawiki import iter_articles
 
-SourceFormat = Literal["text", "jsonl", "mediawiki"]
+SourceFormat = Literal["text", "jsonl", "mediawiki", "pairs", "mediawiki_lead"]
+FORMATS: tuple[SourceFormat, ...] = get_args(SourceFormat)
 _SUFFIXES: dict[SourceFormat, tuple[str, ...]] = {
     "text": (".txt", ".text", ".md"),
     "jsonl": (".jsonl",),
     "mediawiki": (".xml",),
+    "pairs": (".jsonl",),
+    "mediawiki_lead": (".xml",),
 }
+_PAIR_KEYS = ("source", "target")
 _COMPRESSED = (".gz", ".bz2")
 # One document is tokenised in memory, and its sizes are 32-bit in the offset table.
 MAX_DOCUMENT_BYTES = 1 << 30
@@ -47,6 +53,18 @@ class Document:
     text: str
     origin: str
     bytes_read: int  # of all input files together, compressed as they lie on disk
+    target: str | None = None  # of a pair: what to write when ``text`` is read
+
+
+class _Found(NamedTuple):
+    text: str
+    place: str
+    target: str | None = None
+
+
+def content_of(source_format: SourceFormat) -> Content:
+    """What a format holds."""
+    return "pairs" if source_format in ("pairs", "mediawiki_lead") else "documents"
 
 
 def find_inputs(inputs: Sequence[Path], source_format: SourceFormat) -> list[InputFile]:
@@ -95,7 +113,9 @@ def iter_documents(
 
     Args:
         files: From ``find_inputs``.
-        source_format: ``text`` (one document per file), ``jsonl`` (key ``text``) or ``mediawiki``.
+        source_format: ``text`` (one document per file), ``jsonl`` (key ``text``), ``mediawiki``,
+            ``pairs`` (JSONL, keys ``source`` and ``target``) or ``mediawiki_lead`` (an article's
+            sections and its lead).
         keep_markup: Leave wiki markup as it is.
 
     Yields:
@@ -108,10 +128,11 @@ def iter_documents(
     for file in files:
         try:
             with file.path.open("rb") as raw, _decompressed(raw, file.path) as stream:
-                for text, place in _read(stream, file, source_format, keep_markup):
+                for text, place, target in _read(stream, file, source_format, keep_markup):
                     if text.strip():
-                        _check_text(text, place)
-                        yield Document(text, place, done + min(raw.tell(), file.size))
+                        for part in (text, target):
+                            _check_text(part, place)
+                        yield Document(text, place, done + min(raw.tell(), file.size), target)
         except (EOFError, zlib.error, gzip.BadGzipFile) as fault:
             raise _damaged(file, fault) from fault
         except OSError as fault:
@@ -139,26 +160,31 @@ def _decompressed(raw: io.BufferedIOBase, path: Path) -> io.BufferedIOBase:
 
 def _read(
     stream: io.BufferedIOBase, file: InputFile, source_format: SourceFormat, keep_markup: bool
-) -> Iterator[tuple[str, str]]:
-    if source_format == "mediawiki":
+) -> Iterator[_Found]:
+    if source_format == "text":
+        content = _bounded(stream.read(MAX_DOCUMENT_BYTES + 1), str(file.path))
+        yield _Found(_decode(content, str(file.path)), file.name)
+    elif source_format == "jsonl":
+        for place, number, value in _json_lines(stream, file):
+            yield _Found(_string(value, "text", place), f"{file.name}:{number}")
+    elif source_format == "pairs":
+        for place, number, value in _json_lines(stream, file):
+            source, target = (_string(value, key, place, filled=True) for key in _PAIR_KEYS)
+            yield _Found(source, f"{file.name}:{number}", target)
+    elif source_format == "mediawiki":
         for title, text in iter_articles(stream, file.path, MAX_DOCUMENT_BYTES, keep_markup):
-            yield text, f"{file.name}: {title}"
-        return
-    readers: dict[str, Callable[[io.BufferedIOBase, InputFile], Iterator[tuple[str, str]]]] = {
-        "text": _read_text,
-        "jsonl": _read_jsonl,
-    }
-    yield from readers[source_format](stream, file)
+            yield _Found(text, f"{file.name}: {title}")
+    else:
+        for title, text in iter_articles(stream, file.path, MAX_DOCUMENT_BYTES, keep_markup=True):
+            pair = split_lead(text, keep_markup=keep_markup)
+            if pair is not None:
+                yield _Found(pair[0], f"{file.name}: {title}", pair[1])
 
 
-def _read_text(stream: io.BufferedIOBase, file: InputFile) -> Iterator[tuple[str, str]]:
-    yield (
-        _decode(_bounded(stream.read(MAX_DOCUMENT_BYTES + 1), str(file.path)), str(file.path)),
-        (file.name),
-    )
-
-
-def _read_jsonl(stream: io.BufferedIOBase, file: InputFile) -> Iterator[tuple[str, str]]:
+def _json_lines(
+    stream: io.BufferedIOBase, file: InputFile
+) -> Iterator[tuple[str, int, dict[str, Any]]]:
+    """Place, line number and object of every line that is not empty."""
     number = 0
     while line := stream.readline(MAX_DOCUMENT_BYTES + 1):
         number += 1
@@ -172,14 +198,24 @@ def _read_jsonl(stream: io.BufferedIOBase, file: InputFile) -> Iterator[tuple[st
             raise DataError(
                 f"not JSON ({fault})", file=place, remedy="every line is one JSON object"
             ) from fault
-        text = value.get("text") if isinstance(value, dict) else None
-        if not isinstance(text, str):
-            raise DataError(
-                'no string under the key "text"',
-                file=place,
-                remedy='every line is one object like {"text": "..."}',
-            )
-        yield text, f"{file.name}:{number}"
+        yield place, number, value if isinstance(value, dict) else {}
+
+
+def _string(value: dict[str, Any], key: str, place: str, *, filled: bool = False) -> str:
+    text = value.get(key)
+    if not isinstance(text, str):
+        keys = _PAIR_KEYS if key in _PAIR_KEYS else (key,)
+        example = ", ".join(f'"{name}": "..."' for name in keys)
+        raise DataError(
+            f'no string under the key "{key}"',
+            file=place,
+            remedy=f"every line is one object like {{{example}}}",
+        )
+    if filled and not text.strip():
+        raise DataError(
+            f'"{key}" is empty', file=place, remedy="remove the line: it is no pair to learn from"
+        )
+    return text
 
 
 def _bounded(content: bytes, place: str) -> bytes:
@@ -201,7 +237,9 @@ def _decode(content: bytes, place: str) -> str:
         ) from fault
 
 
-def _check_text(text: str, place: str) -> None:
+def _check_text(text: str | None, place: str) -> None:
+    if text is None:
+        return
     # JSON may spell half of a surrogate pair, which no UTF-8 text can hold.
     try:
         text.encode("utf-8")

@@ -26,6 +26,22 @@ from haloformer.data_pipeline.tokenizers import Tokenizer
 from haloformer.data_pipeline.walker import Cursor, Epochs, Walker
 
 
+def slots_of_rank(global_batch: int, data_rank: int, data_world: int) -> range:
+    """The slots of every global batch that a data-parallel rank makes.
+
+    Raises:
+        ValueError: If there is no such rank, or the ranks do not divide the batch.
+    """
+    if not 0 <= data_rank < data_world:
+        raise ValueError(f"data_rank {data_rank} is not one of {data_world} ranks")
+    if global_batch < 1 or global_batch % data_world:
+        raise ValueError(
+            f"global_batch {global_batch} is not a multiple of {data_world} data-parallel "
+            "ranks; change batch.global_batch or the number of ranks"
+        )
+    return range(data_rank, global_batch, data_world)
+
+
 class _DataSide:
     """What training and evaluation share: the data set, this rank's slots, rows and batches."""
 
@@ -39,17 +55,11 @@ class _DataSide:
         data_world: int,
         pad_multiple: int,
     ) -> None:
-        if not 0 <= data_rank < data_world:
-            raise ValueError(f"data_rank {data_rank} is not one of {data_world} ranks")
-        if global_batch < 1 or global_batch % data_world:
-            raise ValueError(
-                f"global_batch {global_batch} is not a multiple of {data_world} data-parallel "
-                "ranks; change batch.global_batch or the number of ranks"
-            )
         self.config = config
         self.global_batch = global_batch
-        self.slots = range(data_rank, global_batch, data_world)
+        self.slots = slots_of_rank(global_batch, data_rank, data_world)
         self.index: ShardIndex = load_index(data_dir)
+        self.index.check_content("documents")
         self.tokenizer: Tokenizer = self.index.load_tokenizer()
         self.reader = ShardReader(self.index, config.on_corrupt)
         self.rows = RowMaker(
