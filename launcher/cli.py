@@ -18,6 +18,7 @@ COMMANDS = {
     "prepare": "haloformer.data_pipeline.prepare_cli",
     "train": "haloformer.launcher.train_command",
     "checkpoints": "haloformer.launcher.checkpoints_command",
+    "convert": "haloformer.launcher.convert_command",
     "doctor": "haloformer.launcher.doctor",
     "bench": "haloformer.launcher.bench_command",
 }

@@ -9,6 +9,7 @@ for the global tokens, and the learned positions are repeated (Longformer, secti
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -66,6 +67,15 @@ def convert_folder(
     for name in _TOKENIZER_FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)
+    _tell_tokenizer(target / "tokenizer_config.json", max_positions)
+
+
+def _tell_tokenizer(path: Path, max_positions: int) -> None:
+    """Lift the length at which transformers' tokenizer cuts, where one is written down."""
+    settings = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if "model_max_length" in settings:
+        settings["model_max_length"] = max_positions
+        path.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
 def repeat_positions(table: Tensor, num_reserved: int, max_positions: int, num_kept: int) -> Tensor:
