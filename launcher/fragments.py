@@ -9,6 +9,8 @@ slices and finds the overlaps when another layout asks for others:
     weight (numel 10)     0 1 2 3 4 5 6 7 8 9
     written, 2 ranks      [ rank 0 ][ rank 1 ]
     read, 3 ranks         [r 0  ][r 1  ][r 2 ]
+
+Tensor-parallel ranks hold parts of a parameter, and ``splits`` says where those are in the whole.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -36,10 +38,12 @@ from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
 from haloformer.launcher.engine import Engine
 from haloformer.launcher.runtime import check_deepspeed
+from haloformer.launcher.splits import Picked, Saved, Share, group_blocks, share_of
 from haloformer.launcher.topology import Topology
 
 WEIGHT = "weight"
 MOMENTS = ("exp_avg", "exp_avg_sq")
+KINDS = (WEIGHT, *MOMENTS)
 
 # DCP builds a whole file in memory before it writes it.
 _BYTES_PER_FILE = 1 << 30
@@ -106,19 +110,20 @@ def save_fragments(engine: Engine, topology: Topology, folder: Path) -> None:
         folder: Made if missing; ranks may share it or not (their file names differ).
 
     Raises:
-        ValueError: For tensor parallelism, or an untested DeepSpeed.
+        ValueError: For an untested DeepSpeed.
     """
-    _check(engine, topology)
+    _check(engine)
     _make_moments(engine)
     state: dict[str, Any] = {}
-    for name, (data, start, numel) in _slices(engine, topology):
+    for kind, name, share, data, start in _slices(engine, topology):
         if engine.zero_optimization_stage() == 0:
             # Every rank holds everything: each writes its share.
-            rank, ranks = topology.data_context_rank, topology.data_context_group.size()
+            rank, ranks, numel = topology.data_context_rank, _ranks(topology), data.numel()
             start, stop = rank * numel // ranks, (rank + 1) * numel // ranks
             data = data[start:stop]
-        if data.numel():
-            state[name] = Fragment(data, start, numel)
+        data, start = share.place(data, start)
+        if data.numel() and share.writes:
+            state[share.key(f"{kind}/{name}")] = Fragment(data, start, share.numel)
     writer = HuggingFaceStorageWriter(
         str(folder),
         fqn_to_index_mapping=_spread_over_files(engine, topology),
@@ -144,18 +149,16 @@ def load_fragments(engine: Engine, topology: Topology, folder: Path, step: int) 
         step: Optimizer steps that were taken.
 
     Raises:
-        ValueError: If the checkpoint is of another model, for tensor parallelism, or an untested
-            DeepSpeed.
+        ValueError: If the checkpoint is of another model, or an untested DeepSpeed.
     """
-    _check(engine, topology)
+    _check(engine)
     _make_moments(engine)
-    _check_same_model(_saved_sizes(folder), _sizes(engine.module))
-    state: dict[str, Any] = {
-        name: Fragment(data, start, numel)
-        for name, (data, start, numel) in _slices(engine, topology)
-        if data.numel()
-    }
-    dcp_load(state, storage_reader=HuggingFaceStorageReader(str(folder)))
+    saved = _check_same_model(folder, _shares(engine.module, topology))
+    plan = _ReadPlan()
+    for kind, name, share, data, start in _slices(engine, topology):
+        plan.add(f"{kind}/{name}", saved[f"{kind}/{name}"], share, data, start)
+    dcp_load(plan.state, storage_reader=HuggingFaceStorageReader(str(folder)))
+    plan.finish()
     _refresh_model_weights(engine)
     for flat in _flat_masters(engine):
         _torch_optimizer(engine).state[flat]["step"].fill_(step)
@@ -173,28 +176,68 @@ def load_weights(model: nn.Module, folder: Path) -> None:
     Raises:
         ValueError: If the checkpoint is of another model.
     """
-    sizes = _sizes(model)
-    _check_same_model(_saved_sizes(folder), sizes)
-    flats: dict[str, Any] = {
-        name: torch.empty(numel) for name, numel in sizes.items() if name.startswith(f"{WEIGHT}/")
-    }
+    shares = _shares(model, None)
+    saved = _check_same_model(folder, shares)
+    plan, flats = _ReadPlan(), {}
+    for name, share in shares.items():
+        key = f"{WEIGHT}/{name}"
+        flats[name] = torch.empty(share.numel)
+        plan.add(key, saved[key], share, flats[name], 0)
     with warnings.catch_warnings():
         # DCP warns that it works in one process even where no_dist asks for it.
         warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
-        dcp_load(flats, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=True)
+        dcp_load(plan.state, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=True)
+    plan.finish()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            parameter.copy_(flats[f"{WEIGHT}/{name}"].view_as(parameter))
+            parameter.copy_(flats[name].view_as(parameter))
 
 
-def _check(engine: Engine, topology: Topology) -> None:
+class _Slice(NamedTuple):
+    """What this rank holds of one tensor: fp32 elements ``start`` and on of its flat share."""
+
+    kind: str
+    name: str
+    share: Share
+    data: Tensor
+    start: int
+
+
+class _ReadPlan:
+    """Slices to read: straight into place, or through whole rows where columns differ."""
+
+    def __init__(self) -> None:
+        self.state: dict[str, Any] = {}
+        self._picked: list[Picked] = []
+
+    def add(self, key: str, saved: Saved, share: Share, data: Tensor, start: int) -> None:
+        """Fill ``data``, elements ``start`` and on of this rank's share; padding stays zero."""
+        data, start = share.place(data, start)
+        if not data.numel():
+            return
+        blocks = saved.blocks(share.width)
+        if share.columns in blocks:
+            self.state[share.key(key)] = Fragment(data, start, share.numel)
+            return
+        picked = Picked.plan(data, start, share.columns, blocks)
+        self._picked.append(picked)
+        for block, part in picked.parts.items():
+            stored = Share(share.rows, share.width, block)
+            first = picked.rows.start * len(block)
+            self.state[stored.key(key)] = Fragment(part, first, stored.numel)
+
+    def finish(self) -> None:
+        """After reading, copy what did not go straight into place."""
+        for picked in self._picked:
+            picked.fill()
+
+
+def _check(engine: Engine) -> None:
     check_deepspeed()
-    if topology.layout.tensor > 1:
-        raise ValueError(
-            f"parallel.tensor {topology.layout.tensor}: checkpoints of tensor-parallel slices are "
-            "not there yet; set parallel.tensor 1"
-        )
-    persistent = set(engine.module.state_dict()) - {n for n, _ in _parameters(engine.module, False)}
+    state = engine.module.state_dict()
+    # megatron-core's layers have an extra state that is None: nothing to save.
+    held = {name for name, value in state.items() if value is not None}
+    persistent = held - {name for name, _ in _parameters(engine.module, False)}
     if persistent:
         raise ValueError(
             f"{min(persistent)} is a persistent buffer, and checkpoints hold parameters only; "
@@ -207,48 +250,56 @@ def _parameters(module: nn.Module, once: bool = True) -> Iterator[tuple[str, nn.
     return module.named_parameters(remove_duplicate=once)
 
 
-def _sizes(module: nn.Module) -> dict[str, int]:
-    """Number of elements of every tensor that a checkpoint of this model holds."""
-    # Under ZeRO-3 a parameter is an empty placeholder between uses, and ds_numel its real size.
-    numels = {name: int(getattr(p, "ds_numel", p.numel())) for name, p in _parameters(module)}
-    kinds = (WEIGHT, *MOMENTS)
-    return {f"{kind}/{name}": n for kind in kinds for name, n in numels.items()}
+def _shares(module: nn.Module, topology: Topology | None) -> dict[str, Share]:
+    """This rank's part of every parameter of a model."""
+    return {name: share_of(parameter, topology) for name, parameter in _parameters(module)}
 
 
-def _saved_sizes(folder: Path) -> dict[str, int]:
+def _check_same_model(folder: Path, shares: dict[str, Share]) -> dict[str, Saved]:
+    """What is stored of each tensor, if it is all of this model and nothing else."""
     metadata = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
-    return {
-        name: stored.size.numel()
-        for name, stored in metadata.items()
-        if isinstance(stored, TensorStorageMetadata)
-    }
-
-
-def _check_same_model(saved: dict[str, int], wanted: dict[str, int]) -> None:
-    faults = [
-        f"{name}: {saved.get(name, 'nothing')} elements saved, {wanted.get(name, 'none')} wanted"
+    saved = group_blocks(
+        {
+            key: stored.size.numel()
+            for key, stored in metadata.items()
+            if isinstance(stored, TensorStorageMetadata)
+        }
+    )
+    wanted = {f"{kind}/{name}": share for kind in KINDS for name, share in shares.items()}
+    found = {
+        name: saved.get(name, Saved({})).fault(wanted.get(name))
         for name in sorted(saved.keys() | wanted.keys())
-        if saved.get(name) != wanted.get(name)
-    ]
+    }
+    faults = [f"{name}: {fault}" for name, fault in found.items() if fault is not None]
     if faults:
         more = f" and {len(faults) - 1} more" if len(faults) > 1 else ""
         raise ValueError(
             f"the checkpoint is of another model ({faults[0]}{more}); use the recipe it was "
             "trained with"
         )
+    return saved
+
+
+def _ranks(topology: Topology) -> int:
+    return topology.data_context_group.size()
 
 
 def _spread_over_files(engine: Engine, topology: Topology) -> dict[str, int]:
-    """Tensor name -> number of the file that each rank puts its slice into, from 1 up."""
-    mapping, written = {}, 0
-    for name, numel in _sizes(engine.module).items():
-        mapping[name] = 1 + written // _BYTES_PER_FILE
-        written += numel * 4 // topology.data_context_group.size()
+    """Tensor name -> number of the file that each rank puts its slice into, from 1 up.
+
+    Rank 0's counts for all of them, so it has the names that other tensor ranks use, too.
+    """
+    mapping: dict[str, int] = {}
+    written = 0
+    for name, share in _shares(engine.module, topology).items():
+        for kind in KINDS:
+            mapping |= dict.fromkeys(share.keys(f"{kind}/{name}"), 1 + written // _BYTES_PER_FILE)
+            written += share.numel * 4 // _ranks(topology)
     return mapping
 
 
-def _slices(engine: Engine, topology: Topology) -> Iterator[tuple[str, tuple[Tensor, int, int]]]:
-    """Yield (name, (fp32 view that this rank holds, its start, size of the whole))."""
+def _slices(engine: Engine, topology: Topology) -> Iterator[_Slice]:
+    """Everything that ZeRO put on this rank."""
     stage = engine.zero_optimization_stage()
     for name, parameter in _parameters(engine.module):
         if stage == 0:
@@ -257,31 +308,32 @@ def _slices(engine: Engine, topology: Topology) -> Iterator[tuple[str, tuple[Ten
             views = _slice_stage_3(engine, topology, parameter)
         else:
             views = _slice_stage_1_2(parameter)
-        for kind, view in views.items():
-            yield f"{kind}/{name}", view
+        share = share_of(parameter, topology)
+        for kind, (data, start) in views.items():
+            yield _Slice(kind, name, share, data, start)
 
 
-def _slice_stage_0(engine: Engine, parameter: nn.Parameter) -> dict[str, tuple[Tensor, int, int]]:
+def _slice_stage_0(engine: Engine, parameter: nn.Parameter) -> dict[str, tuple[Tensor, int]]:
     state = _torch_optimizer(engine).state[parameter]
     tensors = {WEIGHT: parameter.detach(), **{kind: state[kind] for kind in MOMENTS}}
-    return {kind: (t.view(-1), 0, t.numel()) for kind, t in tensors.items()}
+    return {kind: (t.view(-1), 0) for kind, t in tensors.items()}
 
 
-def _slice_stage_1_2(parameter: nn.Parameter) -> dict[str, tuple[Tensor, int, int]]:
+def _slice_stage_1_2(parameter: nn.Parameter) -> dict[str, tuple[Tensor, int]]:
     # The flat group of all parameters is cut into equal parts, so most ranks own no element of
     # this parameter; their mapping is None.
     mapping = cast(Any, parameter)._hp_mapping
     if mapping is None:
         return {}
-    start, numel = mapping.lp_fragment_address.start, parameter.numel()
+    start = mapping.lp_fragment_address.start
     views = {WEIGHT: mapping.hp_fragment.detach()}
     views |= {kind: mapping.get_optim_state_fragment(kind) for kind in MOMENTS}
-    return {kind: (view, start, numel) for kind, view in views.items()}
+    return {kind: (view, start) for kind, view in views.items()}
 
 
 def _slice_stage_3(
     engine: Engine, topology: Topology, parameter: nn.Parameter
-) -> dict[str, tuple[Tensor, int, int]]:
+) -> dict[str, tuple[Tensor, int]]:
     # Every parameter is cut into equal parts, the last ones padded:
     #   numel 10 on 4 ranks -> 3 elements each; rank 3 holds element 9 and two of padding.
     zero, partitioned = engine.optimizer, cast(Any, parameter)
@@ -290,7 +342,7 @@ def _slice_stage_3(
     length = min(part, numel - start)
     views = {WEIGHT: zero.get_local_fp32_param(parameter).detach()}
     views |= {kind: zero.get_local_fp32_param(parameter, kind) for kind in MOMENTS}
-    return {kind: (view[:length], start, numel) for kind, view in views.items()}
+    return {kind: (view[:length], start) for kind, view in views.items()}
 
 
 def _torch_optimizer(engine: Engine) -> Any:

@@ -56,6 +56,10 @@ def init_distributed(timeout: timedelta = timedelta(minutes=30)) -> None:
         warnings.filterwarnings(
             "ignore", f"`torch.distributed.{name}` is deprecated", category=FutureWarning
         )
+    # megatron-core 0.16.1 advises one device queue; ours also carry halos, which one would hold up.
+    warnings.filterwarnings("ignore", "When using async grad allreduce", category=UserWarning)
+    # Its RowParallelLinear does not hand its group to a function that needs none there.
+    warnings.filterwarnings("ignore", "Warning: tp_group is None", category=DeprecationWarning)
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     deepspeed.init_distributed(
         dist_backend=backend, auto_mpi_discovery=False, verbose=False, timeout=timeout

@@ -31,6 +31,11 @@ def mark_as_split(parameter: nn.Parameter) -> None:
     set_tensor_model_parallel_attributes(parameter, is_parallel=True, dim=0, stride=1)
 
 
+def mark_padding(parameter: nn.Parameter, num_rows: int) -> None:
+    """Say that the whole has ``num_rows`` rows and padding, which a checkpoint leaves out."""
+    setattr(parameter, "unpadded_rows", num_rows)  # noqa: B010
+
+
 def enter_split(x: Tensor, group: ProcessGroup) -> Tensor:
     """The same tensor; backward sums the gradients that the tensor-parallel ranks compute."""
     entered: Tensor = copy_to_tensor_model_parallel_region(x, group=group)

@@ -31,6 +31,14 @@ from haloformer.launcher.engine import (
 from haloformer.launcher.fragments import load_fragments, save_fragments
 from haloformer.launcher.runtime import init_distributed
 from haloformer.launcher.topology import Layout, build_topology, destroy_topology
+from haloformer.model.layers import (
+    column_linear,
+    row_linear,
+    vocab_bias,
+    vocab_embedding,
+    vocab_logits,
+)
+from haloformer.model.vocab_loss import token_loss
 from places import describe
 
 VOCAB, WIDTH, SEQ_LEN, GLOBAL_BATCH = 37, 12, 8, 4
@@ -46,19 +54,25 @@ class Case:
     stage: int
     micro: int = 1
     precision: str = "fp32"
+    tensor: int = 1
 
     def __str__(self):
-        return f"dp{self.data}_cp{self.context}_zero{self.stage}_mb{self.micro}_{self.precision}"
+        mesh = f"dp{self.data}_cp{self.context}_tp{self.tensor}"
+        return f"{mesh}_zero{self.stage}_mb{self.micro}_{self.precision}"
 
     @property
     def world(self):
-        return self.data * self.context
+        return self.data * self.context * self.tensor
 
 
 MESHES = [(1, 1), (2, 1), (1, 2), (2, 2)]
 # Accumulation is 4 at data 1 and 2 at data 2, and 1 where the micro-batch is 2.
 FP32 = [Case(d, c, s) for d, c in MESHES for s in range(4)] + [Case(2, 2, s, 2) for s in range(4)]
+TENSOR = [Case(1, 2, s, tensor=2) for s in range(4)]
+TENSOR += [Case(1, 1, 1, tensor=2), Case(2, 1, 3, tensor=2), Case(1, 1, 3, tensor=4)]
+FP32 += TENSOR
 BF16 = [Case(d, c, s, 1, "bf16") for d, c in [(2, 1), (2, 2)] for s in (1, 2, 3)]
+BF16 += [Case(1, 2, s, 1, "bf16", tensor=2) for s in (1, 3)]
 ELASTIC = [  # written by -> read by
     (Case(2, 2, 3), Case(2, 1, 1)),
     (Case(2, 2, 3), Case(1, 1, 3)),
@@ -67,6 +81,14 @@ ELASTIC = [  # written by -> read by
     (Case(2, 2, 2), Case(1, 1, 0)),
     (Case(2, 1, 3), Case(1, 1, 1)),
     (Case(2, 2, 3, 1, "bf16"), Case(2, 1, 1, 1, "bf16")),
+    (Case(1, 2, 1, tensor=2), Case(1, 1, 3)),
+    (Case(1, 2, 3, tensor=2), Case(1, 2, 1)),
+    (Case(2, 1, 3, tensor=2), Case(1, 1, 1, tensor=2)),
+    (Case(2, 2, 3), Case(1, 1, 2, tensor=2)),
+    (Case(1, 1, 3, tensor=4), Case(1, 1, 1, tensor=2)),
+    (Case(1, 2, 2, tensor=2), Case(1, 1, 3, tensor=4)),
+    (Case(1, 2, 0, tensor=2), Case(1, 1, 0)),
+    (Case(1, 2, 1, 1, "bf16", tensor=2), Case(2, 1, 3, 1, "bf16")),
 ]
 
 
@@ -90,14 +112,14 @@ class SumOverRanks(torch.autograd.Function):
 class TinyModel(nn.Module):
     """Embedding, mixing over the whole sequence, MLP, norm, tied head; summed cross entropy."""
 
-    def __init__(self, group):
+    def __init__(self, group, tensor_group=None):
         super().__init__()
-        self.group = group
-        self.embedding = nn.Embedding(VOCAB, WIDTH)
-        self.inner = nn.Linear(WIDTH, 3 * WIDTH)
-        self.outer = nn.Linear(3 * WIDTH, WIDTH)
+        self.group, self.tensor_group = group, tensor_group
+        self.embedding = vocab_embedding(VOCAB, WIDTH, 1.0, tensor_group)
+        self.inner = column_linear(WIDTH, 3 * WIDTH, 0.3, tensor_group)
+        self.outer = row_linear(3 * WIDTH, WIDTH, 0.2, tensor_group)
         self.norm = nn.LayerNorm(WIDTH)
-        self.head_bias = nn.Parameter(torch.zeros(VOCAB))
+        self.head_bias = vocab_bias(VOCAB, tensor_group)
 
     def forward(self, ids, labels):
         x = self.embedding(ids)  # [B, rows, E]
@@ -105,11 +127,10 @@ class TinyModel(nn.Module):
         if self.group is not None:
             total = SumOverRanks.apply(total, self.group)
         x = x + total.to(x) / SEQ_LEN
-        x = self.norm(x + self.outer(torch.nn.functional.gelu(self.inner(x))))
-        logits = torch.nn.functional.linear(x, self.embedding.weight, self.head_bias)
-        return nn.functional.cross_entropy(
-            logits.float().flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="sum"
-        )
+        x = self.norm(x + self.outer(nn.functional.gelu(self.inner(x))))
+        chosen = labels != -100
+        logits = vocab_logits(x[chosen], self.embedding.weight, self.head_bias, self.tensor_group)
+        return token_loss(logits, labels[chosen], VOCAB, self.tensor_group).sum()
 
 
 def tiny_config(case):
@@ -131,6 +152,7 @@ def tiny_config(case):
             "optim": {"learning_rate": 1e-2, "clip_norm": 0.5, "weight_decay": 0.1},
             "parallel": {
                 "context": case.context,
+                "tensor": case.tensor,
                 "zero_stage": case.stage,
                 "precision": case.precision,
             },
@@ -149,18 +171,18 @@ def global_batch(step):
     return ids, labels
 
 
-def tiny_model(group):
+def tiny_model(group, tensor_group=None):
     """The same weights every time."""
     torch.manual_seed(5)
-    return TinyModel(group)
+    return TinyModel(group, tensor_group)
 
 
 def start(case):
     """Topology and engine of a case."""
     os.environ["LOCAL_RANK"] = str(torch.distributed.get_rank())  # the runner would set it
     init_distributed()
-    topology = build_topology(Layout(case.data, case.context))
-    model = tiny_model(topology.context_group)
+    topology = build_topology(Layout(case.data, case.context, case.tensor))
+    model = tiny_model(topology.context_group, topology.tensor_group)
     return topology, build_engine(model, tiny_config(case), topology)
 
 
@@ -195,7 +217,7 @@ def train(engine, topology, config, first, last, evaluating=False):
             backward(engine, rank_loss(local_sum, num_tokens, topology))
             engine.step()
             total += local_sum.detach().double()
-        torch.distributed.all_reduce(total)
+        torch.distributed.all_reduce(total, group=topology.data_context_group)
         history.append((total.item() / num_tokens, grad_norm(engine)))
     return history
 
@@ -245,12 +267,21 @@ def go_on(case, source, target):
 
 def saved_tensors(folder):
     """Every flat tensor of a checkpoint, whole, read slice by slice without DCP."""
-    whole = {}
+    parts = {}
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(str(file), framework="pt") as stored:
             offsets = json.loads(stored.metadata()["DCP_SHARDING_INFO"])
-            for name in stored.keys():  # noqa: SIM118
-                whole.setdefault(name, {})[offsets[name]["saved_offsets"][0]] = stored.get_tensor(
-                    name
-                )
-    return {name: torch.cat([parts[s] for s in sorted(parts)]) for name, parts in whole.items()}
+            for key in stored.keys():  # noqa: SIM118
+                slot = parts.setdefault(key, {})
+                offset = offsets[key]["saved_offsets"][0]
+                assert offset not in slot, f"{key} {offset} is saved twice"
+                slot[offset] = stored.get_tensor(key)
+    whole = {key: torch.cat([slot[s] for s in sorted(slot)]) for key, slot in parts.items()}
+    blocks = {}  # "outer.weight[:,12:24]" is a block of columns
+    for key in [key for key in whole if key.endswith("]")]:
+        name, columns = key.removesuffix("]").split("[:,")
+        start, stop = map(int, columns.split(":"))
+        blocks.setdefault(name, {})[start] = whole.pop(key).view(-1, stop - start)
+    for name, block in blocks.items():
+        whole[name] = torch.cat([block[s] for s in sorted(block)], dim=1).flatten()
+    return whole

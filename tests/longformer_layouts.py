@@ -43,13 +43,15 @@ class Case:
     context: int
     stage: int
     micro: int
+    tensor: int = 1
 
     def __str__(self):
-        return f"dp{self.data}_cp{self.context}_zero{self.stage}_mb{self.micro}"
+        split = f"dp{self.data}_cp{self.context}_tp{self.tensor}"
+        return f"{split}_zero{self.stage}_mb{self.micro}"
 
     @property
     def world(self):
-        return self.data * self.context
+        return self.data * self.context * self.tensor
 
 
 MESHES = [(1, 1), (2, 1), (1, 2), (2, 2)]
@@ -60,6 +62,8 @@ CASES = [
     for stage in range(4)
     for accumulation in (1, 2)
 ]
+TENSOR_MESHES = [(1, 1), (1, 2), (2, 1)]
+CASES += [Case(d, c, stage, 2, tensor=2) for d, c in TENSOR_MESHES for stage in range(4)]
 
 
 def config_of(case):
@@ -76,11 +80,16 @@ def config_of(case):
                 "max_positions": SEQ_LEN,
                 "attention_window": [4, 20],
                 "dilation": [1, 2],
+                "activation_dropout": 0.1,
             },
             "data": {"train": "unused", "eval": "unused", "seq_len": SEQ_LEN},
             "batch": {"global_batch": GLOBAL_BATCH, "micro_batch": case.micro},
             "optim": {"learning_rate": 1e-3, "clip_norm": 0.5},
-            "parallel": {"context": case.context, "zero_stage": case.stage},
+            "parallel": {
+                "context": case.context,
+                "tensor": case.tensor,
+                "zero_stage": case.stage,
+            },
             "checkpoint": {"every": 1},
         }
     )
@@ -130,9 +139,10 @@ def train(case):
     config = config_of(case)
     os.environ["LOCAL_RANK"] = str(torch.distributed.get_rank())
     init_distributed()
-    topology = build_topology(Layout(case.data, case.context))
+    topology = build_topology(Layout(case.data, case.context, case.tensor))
     torch.manual_seed(config.seed)
-    engine = build_engine(LongformerForMaskedLM(config.model, VOCAB), config, topology)
+    model = LongformerForMaskedLM(config.model, VOCAB, topology.tensor_group)
+    engine = build_engine(model, config, topology)
     history = []
     for step in range(STEPS):
         batch = global_batch(step)
@@ -145,7 +155,7 @@ def train(case):
             backward(engine, rank_loss(output.loss_sum, num_targets, topology))
             engine.step()
             total += output.loss_sum.detach().double()
-        torch.distributed.all_reduce(total)
+        torch.distributed.all_reduce(total, group=topology.data_context_group)
         history.append((total.item() / num_targets, grad_norm(engine)))
     engine.destroy()
     destroy_topology()
