@@ -6,6 +6,7 @@ import contextlib
 import difflib
 import hashlib
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -108,10 +109,27 @@ def check_world(config: TrainConfig, world_size: int) -> int:
             f"batch.global_batch {batch.global_batch} is not a multiple of batch.micro_batch "
             f"{batch.micro_batch} x {data} data-parallel ranks = {batch.micro_batch * data}"
         )
-    faults += _position_faults(config)
+    faults += _position_faults(config) + _split_faults(config)
     if faults:
         raise ConfigError(f"{config.name}: " + "; ".join(faults))
     return data
+
+
+def _split_faults(config: TrainConfig) -> list[str]:
+    """Heads and features that the tensor ranks do not divide; the vocabulary is padded."""
+    model, tensor = config.model, config.parallel.tensor
+    names = ["num_heads", "ffn_size"]
+    if isinstance(model, LedConfig):
+        names = [
+            f"{half}_{size}" for half in ("encoder", "decoder") for size in ("heads", "ffn_size")
+        ]
+    sizes = {name: getattr(model, name) for name in names}
+    return [
+        f"parallel.tensor {tensor} does not divide model.{name} {size}; set parallel.tensor "
+        f"{math.gcd(*sizes.values(), tensor)}, or a multiple of {tensor} as model.{name}"
+        for name, size in sizes.items()
+        if size % tensor
+    ]
 
 
 def _position_faults(config: TrainConfig) -> list[str]:

@@ -134,10 +134,14 @@ def _announce(
 ) -> None:
     size = num_parameters(config.model, vocab_size)
     start = "from the start" if step is None else f"from step {step}"
+    data = config.data
+    length = (
+        f"{data.seq_len}" if data.target_len is None else f"{data.seq_len} -> {data.target_len}"
+    )
     print(
-        f"{config.name}: {size / 1e6:.1f} M parameters, {config.data.seq_len} tokens, "
-        f"{ranks} ranks (context {config.parallel.context}), ZeRO-{config.parallel.zero_stage}, "
-        f"{config.parallel.precision}; run {run_id} {start}",
+        f"{config.name}: {size / 1e6:.1f} M parameters, {length} tokens, "
+        f"{ranks} ranks (context {config.parallel.context}, tensor {config.parallel.tensor}), "
+        f"ZeRO-{config.parallel.zero_stage}, {config.parallel.precision}; run {run_id} {start}",
         flush=True,
     )
 

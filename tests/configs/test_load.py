@@ -60,7 +60,7 @@ def test_all_faults_are_reported_at_once(recipe: Path) -> None:
         ("model.num_heads=3", "num_heads 3 does not divide hidden_size 256"),
         ("model.dilation=[1, 2]", "dilation has 2 entries for 4 heads"),
         ("parallel.zero_stage=4", "parallel.zero_stage"),
-        ("parallel.tensor=2", "tensor parallelism is not there yet"),
+        ("parallel.tensor=0", "parallel.tensor"),
         ("seed=-1", "seed"),
         ("name=../x", "name"),
     ],
@@ -82,6 +82,18 @@ def test_bf16_without_master_weights_is_refused(recipe: Path) -> None:
         (["batch.global_batch=3"], 4, r"global_batch 3 is not a multiple of .* = 2"),
         (["data.seq_len=16", "parallel.context=17"], 17, r"context 17 is more than data.seq_len"),
         (["data.seq_len=4098"], 2, r"more than model.max_positions 4096"),
+        (["parallel.tensor=2"], 2, r"context 2 x parallel.tensor 2 = 4; use --ranks 4"),
+        (
+            ["parallel.context=1", "parallel.tensor=3"],
+            3,
+            r"tensor 3 does not divide model.num_heads 4; set parallel.tensor 1, or a multiple of "
+            r"3 as model.num_heads; parallel.tensor 3 does not divide model.ffn_size 1024",
+        ),
+        (
+            ["parallel.context=1", "parallel.tensor=4", "model.ffn_size=1030"],
+            4,
+            r"tensor 4 does not divide model.ffn_size 1030; set parallel.tensor 2",
+        ),
     ],
 )
 def test_a_layout_that_does_not_fit_is_refused_with_what_would(
@@ -173,6 +185,15 @@ def test_all_faults_of_a_led_and_its_data_are_reported_at_once(led_recipe: Path)
         load_config(led_recipe, ["data.target_len=null", "data.isolate_documents=true"])
     with pytest.raises(ConfigError, match="target_len is for pairs; a longformer_mlm reads text"):
         load_config("enwiki_mlm", ["data.target_len=8"])
+
+
+def test_tensor_ranks_must_divide_both_halves_of_a_led(led_recipe: Path) -> None:
+    assert check_world(load_config(led_recipe, ["parallel.tensor=2"]), 4) == 1
+    with pytest.raises(ConfigError) as caught:
+        check_world(load_config(led_recipe, ["parallel.tensor=4", "model.decoder_ffn_size=22"]), 8)
+    assert str(caught.value).count("does not divide") == 2
+    assert "model.encoder_heads 2; set parallel.tensor 2" in str(caught.value)
+    assert "model.decoder_ffn_size 22; set parallel.tensor 2" in str(caught.value)
 
 
 def test_source_and_target_must_fit_the_positions_of_a_led(led_recipe: Path) -> None:
