@@ -8,11 +8,20 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from cases import BAND_CASES, BandCase, random_band_case, truth_of_band
+from cases import (
+    BAND_CASES,
+    BandCase,
+    LayerCase,
+    gradients,
+    random_band_case,
+    truth_of_band,
+)
+from dist import run_ranks
 from haloformer.kernels import fused, reference
 from haloformer.kernels.band import Band
 from haloformer.kernels.dropout import AttentionDropout, keep_mask
 from haloformer.kernels.operands import interpreted
+from haloformer.kernels.sharded import sharded_attention
 from haloformer.kernels.spec import WindowSpec
 
 assert interpreted(), "run test_triton_interpreted.py, which sets TRITON_INTERPRET"
@@ -45,6 +54,10 @@ MORE_CASES = (
 SMALL = BandCase(
     "small, everything", 30, (9, 4), (9, 0), (1, 2), halo=(5, 4), missing=(2, 0),
     num_globals=3, masked=0.2, segments=True, global_segments=True, dropout=0.25,
+)  # fmt: skip
+SHARDED = LayerCase(
+    "interior and borders", 32, (3, 2), (3, 2), (1, 2), ((17,), (30, 4)), ((), (31,)),
+    dropout=0.25, head_dim=16,
 )  # fmt: skip
 HALF_CASES = (
     SMALL,
@@ -98,6 +111,25 @@ def test_equals_the_loops(case):
 @pytest.mark.parametrize("case", HALF_CASES, ids=str)
 def test_half_precision_is_as_good_as_the_loops_in_it(case, dtype):
     check_against_loops(case, dtype)
+
+
+def sharded_by_the_kernel(rank, world_size):
+    shard = SHARDED.shard(torch.distributed.group.WORLD, rank, world_size)
+    here = slice(shard.first_row, shard.first_row + shard.num_rows)
+    *inputs, grad_out = (x.float() for x in SHARDED.tensors())
+    inputs = [x if i == 3 else x[:, here] for i, x in enumerate(inputs)]
+    inputs = [x.clone().requires_grad_() for x in inputs]
+    sites = SHARDED.sites()
+    out = sharded_attention(*inputs, SHARDED.spec, shard, dropout=sites, backend="triton")
+    return [out.detach(), *gradients(out, inputs, grad_out[:, here])]
+
+
+def test_interior_and_borders_of_two_ranks_equal_the_loops():
+    parts = zip(*run_ranks(2, sharded_by_the_kernel, timeout=120.0), strict=True)
+    for index, (part, want) in enumerate(zip(parts, SHARDED.truth(), strict=True)):
+        # Every rank's gradient of the global queries (4) is a share, like that of a weight.
+        found = sum(part) if index == 4 else torch.cat(part, dim=1)
+        torch.testing.assert_close(found.double(), want, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.extended
