@@ -5,7 +5,7 @@ Sizes are in tokens, rows or features as named; windows are two-sided (Longforme
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 
@@ -36,6 +36,7 @@ def _window_faults(windows: int | list[int], num_layers: int) -> list[str]:
 class ModelConfig(Section):
     """Longformer encoder with a masked-language-model head (post-LN, RoBERTa layout)."""
 
+    reads: ClassVar[Literal["documents", "pairs"]] = "documents"
     kind: Literal["longformer_mlm"] = "longformer_mlm"
     hidden_size: PositiveInt
     num_layers: PositiveInt
@@ -95,6 +96,7 @@ class ModelConfig(Section):
 class LedConfig(Section):
     """LED: Longformer encoder, full decoder (BART layout, post-LN), tied embeddings."""
 
+    reads: ClassVar[Literal["documents", "pairs"]] = "pairs"
     kind: Literal["led"] = "led"
     hidden_size: PositiveInt
     encoder_layers: PositiveInt
@@ -156,6 +158,7 @@ class CharLmConfig(Section):
     The window counts both sides as everywhere, so a causal head sees half of it, to the left.
     """
 
+    reads: ClassVar[Literal["documents", "pairs"]] = "documents"
     kind: Literal["char_lm"] = "char_lm"
     hidden_size: PositiveInt
     num_layers: PositiveInt

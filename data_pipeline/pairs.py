@@ -44,6 +44,7 @@ class PairBatch:
     """Pairs, b of them; N source and T target tokens, multiples of ``pad_multiple``."""
 
     input_ids: NDArray[np.int64]  # [b, N]
+    decoder_input_ids: NDArray[np.int64]  # [b, T], the labels shifted right, </s> in front
     labels: NDArray[np.int64]  # [b, T], -100 on padding
     attention_mask: NDArray[np.bool_]  # [b, N], False on padding
     global_positions: NDArray[np.int64]  # [b, G]
@@ -70,6 +71,7 @@ class PairBatch:
             num_labels = _padded(int((labels != IGNORED).sum(1).max()), self.pad_multiple)
             yield PairBatch(
                 self.input_ids[part, :width],
+                self.decoder_input_ids[part, :num_labels],
                 labels[:, :num_labels],
                 mask[:, :width],
                 self.global_positions[part],
@@ -135,9 +137,13 @@ class PairMaker:
         for number, row in enumerate(rows):
             ids[number, : len(row.source)] = row.source
             labels[number, : len(row.target)] = row.target
+        # As BART and LED: the decoder reads </s> <s> x y to predict <s> x y </s>.
+        shifted = np.roll(labels, 1, axis=1)
+        shifted[:, 0] = self.specials.eos
         num_globals = int(self.has_globals)
         return PairBatch(
             input_ids=ids,
+            decoder_input_ids=np.where(shifted == IGNORED, self.specials.pad, shifted),
             labels=labels,
             attention_mask=np.arange(width) < lengths[:, None],
             global_positions=np.zeros((len(rows), num_globals), np.int64),

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from haloformer.data_pipeline.batch import Batch
+from haloformer.data_pipeline.pairs import PairBatch
 from haloformer.kernels.sharded import SequenceShard
 from haloformer.launcher.topology import Topology
 
@@ -29,6 +30,22 @@ class RankInput(NamedTuple):
     shard: SequenceShard
 
 
+class PairInput(NamedTuple):
+    """What one rank feeds an encoder-decoder for one micro-batch.
+
+    Attributes:
+        input_ids: [B, n] int64, this rank's rows of the source.
+        decoder_input_ids: [B, t] int64, this rank's rows of what the decoder reads.
+        labels: [B, t] int64, this rank's rows of the target, -100 on padding.
+        shard: The whole source's metadata and this rank's place in it.
+    """
+
+    input_ids: Tensor
+    decoder_input_ids: Tensor
+    labels: Tensor
+    shard: SequenceShard
+
+
 def micro_batches(batch: Batch, micro_batch: int, topology: Topology) -> Iterator[RankInput]:
     """Cut a data-parallel rank's sequences into micro-batches, and each to this rank's rows.
 
@@ -39,25 +56,48 @@ def micro_batches(batch: Batch, micro_batch: int, topology: Topology) -> Iterato
         yield _rank_input(part, topology)
 
 
-def _rank_input(batch: Batch, topology: Topology) -> RankInput:
-    def tensor(array: NDArray[Any]) -> Tensor:
-        return torch.from_numpy(np.ascontiguousarray(array)).to(topology.device)
+def pair_micro_batches(
+    batch: PairBatch, micro_batch: int, topology: Topology
+) -> Iterator[PairInput]:
+    """As ``micro_batches``; source and target are each split over the context ranks."""
+    for part in batch.split(micro_batch):
+        shard = _shard(part, topology)
+        rows = slice(shard.first_row, shard.first_row + shard.num_rows)
+        num_rows = part.labels.shape[1] // topology.layout.context
+        first = topology.context_rank * num_rows
+        targets = slice(first, first + num_rows)
+        yield PairInput(
+            input_ids=_tensor(part.input_ids[:, rows], topology),
+            decoder_input_ids=_tensor(part.decoder_input_ids[:, targets], topology),
+            labels=_tensor(part.labels[:, targets], topology),
+            shard=shard,
+        )
 
-    length = batch.input_ids.shape[1]
-    shard = SequenceShard(
+
+def _rank_input(batch: Batch, topology: Topology) -> RankInput:
+    shard = _shard(batch, topology)
+    rows = slice(shard.first_row, shard.first_row + shard.num_rows)
+    return RankInput(
+        input_ids=_tensor(batch.input_ids[:, rows], topology),
+        labels=_tensor(batch.labels[:, rows], topology),
+        shard=shard,
+    )
+
+
+def _shard(batch: Batch | PairBatch, topology: Topology) -> SequenceShard:
+    segments = batch.segment_ids if isinstance(batch, Batch) else None
+    return SequenceShard(
         group=topology.context_group,
         rank=topology.context_rank,
         world_size=topology.layout.context,
-        length=length,
-        attention_mask=tensor(batch.attention_mask),
-        segment_ids=None if batch.segment_ids is None else tensor(batch.segment_ids),
-        global_positions=tensor(batch.global_positions),
-        global_mask=tensor(batch.global_mask),
-        sample_ids=tensor(batch.sample_ids),
+        length=batch.input_ids.shape[1],
+        attention_mask=_tensor(batch.attention_mask, topology),
+        segment_ids=None if segments is None else _tensor(segments, topology),
+        global_positions=_tensor(batch.global_positions, topology),
+        global_mask=_tensor(batch.global_mask, topology),
+        sample_ids=_tensor(batch.sample_ids, topology),
     )
-    rows = slice(shard.first_row, shard.first_row + shard.num_rows)
-    return RankInput(
-        input_ids=tensor(batch.input_ids[:, rows]),
-        labels=tensor(batch.labels[:, rows]),
-        shard=shard,
-    )
+
+
+def _tensor(array: NDArray[Any], topology: Topology) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(array)).to(topology.device)

@@ -7,7 +7,7 @@ from typing import Any
 
 
 def write_curve(records: list[dict[str, Any]], title: str, path: Path) -> str | None:
-    """Draw bits per character over steps, in training and held out.
+    """Draw the loss over steps, in training and held out; bits per character where known.
 
     Args:
         records: Of ``RunDir.read_metrics``.
@@ -17,8 +17,11 @@ def write_curve(records: list[dict[str, Any]], title: str, path: Path) -> str | 
     Returns:
         None when the file was written, else why not, in a sentence.
     """
-    train = [(r["step"], r["bits_per_char"]) for r in records if "bits_per_char" in r]
-    held_out = [(r["step"], r["eval_bits_per_char"]) for r in records if "eval_bits_per_char" in r]
+    key, unit = "loss", "nats per target token"
+    if any("bits_per_char" in record for record in records):
+        key, unit = "bits_per_char", "bits per character of the masked tokens"
+    train = [(r["step"], r[key]) for r in records if key in r]
+    held_out = [(r["step"], r[f"eval_{key}"]) for r in records if f"eval_{key}" in r]
     if not train:
         return "no step was finished"
     try:
@@ -37,7 +40,7 @@ def write_curve(records: list[dict[str, Any]], title: str, path: Path) -> str | 
         for step, value in held_out:
             axes.annotate(f"{value:.2f}", (step, value), xytext=(4, 6), textcoords="offset points")
     axes.set_xlabel("optimizer step")
-    axes.set_ylabel("bits per character of the masked tokens")
+    axes.set_ylabel(unit)
     axes.set_title(title)
     axes.grid(alpha=0.3)
     axes.legend()

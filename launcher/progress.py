@@ -48,8 +48,9 @@ class StepProgress:
 
     def step(self, done: int, values: dict[str, float]) -> None:
         """Show a finished step."""
+        bits = f"bits/char {values['bits_per_char']:.3f}  " if "bits_per_char" in values else ""
         status = (
-            f"loss {values['loss']:.4f}  bits/char {values['bits_per_char']:.3f}  "
+            f"loss {values['loss']:.4f}  {bits}"
             f"grad {values['grad_norm']:.2f}  lr {values['learning_rate']:.2e}  "
             f"{values['tokens_per_second']:,.0f} tok/s"
         )

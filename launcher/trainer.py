@@ -5,14 +5,12 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 
 from haloformer.configs.schema import TrainConfig
-from haloformer.data_pipeline.batch import Batch
-from haloformer.data_pipeline.stream import EvalStream, TrainStream
 from haloformer.launcher.checkpoint import CheckpointStore
 from haloformer.launcher.engine import (
     Engine,
@@ -22,10 +20,10 @@ from haloformer.launcher.engine import (
     set_learning_rate,
 )
 from haloformer.launcher.exchange import gather_json
-from haloformer.launcher.feeding import micro_batches
 from haloformer.launcher.progress import StepProgress
 from haloformer.launcher.run_dir import RunDir
 from haloformer.launcher.schedule import learning_rate
+from haloformer.launcher.tasks import AnyBatch, HeldOutSource, Task, TrainSource
 from haloformer.launcher.throughput import peak_memory_bytes
 from haloformer.launcher.topology import Topology
 from haloformer.launcher.tracking import Tracker
@@ -45,22 +43,29 @@ class Speed:
     """What turns seconds into rates.
 
     Attributes:
-        tokens_per_step: Tokens of the global batch.
-        flops_per_token: Forward and backward.
+        flops_per_token: Forward and backward; None where there is no such number.
         peak: FLOP/s of all ranks together, 0.0 when unknown.
     """
 
-    tokens_per_step: int
-    flops_per_token: float
+    flops_per_token: float | None
     peak: float
 
-    def rates(self, seconds: float) -> dict[str, float]:
-        """Tokens per second, and the share of the peak (MFU) where the peak is known."""
-        tokens = self.tokens_per_step / seconds
+    def rates(self, num_tokens: int, seconds: float) -> dict[str, float]:
+        """Tokens per second, and the share of the peak (MFU) where it can be known."""
+        tokens = num_tokens / seconds
         rates = {"tokens_per_second": tokens, "step_seconds": seconds}
-        if self.peak > 0.0:
+        if self.peak > 0.0 and self.flops_per_token is not None:
             rates["mfu_estimate"] = tokens * self.flops_per_token / self.peak
         return rates
+
+
+class Agreed(NamedTuple):
+    """What all ranks know of a global batch before they compute on it."""
+
+    num_targets: int
+    num_tokens: int
+    stop_asked: bool
+    counts: dict[str, float]  # of the task
 
 
 @dataclass
@@ -73,8 +78,9 @@ class Trainer:
     config: TrainConfig
     topology: Topology
     engine: Engine
-    train: TrainStream
-    held_out: EvalStream
+    task: Task
+    train: TrainSource
+    held_out: HeldOutSource
     store: CheckpointStore
     run_dir: RunDir
     tracker: Tracker | None
@@ -109,15 +115,15 @@ class Trainer:
         start = time.perf_counter()
         config, engine = self.config, self.engine
         batch = self.train.next_batch()
-        # Every context rank sees the same batch, so only the first one counts its targets.
-        num_targets, stop_asked = self._agree_before(batch)
+        agreed = self._agree_before(batch)
+        num_targets = agreed.num_targets
         rate = learning_rate(step, config.steps, config.optim)
         set_learning_rate(engine, rate)
         engine.train()
         dropout = DropoutStep(config.seed, step)
         loss_sum = torch.zeros((), dtype=torch.float64, device=self.topology.device)
-        for ids, labels, shard in micro_batches(batch, config.batch.micro_batch, self.topology):
-            output = engine(ids, labels, shard, dropout)
+        for inputs in self.task.micro_batches(batch, config.batch.micro_batch, self.topology):
+            output = engine(*inputs, dropout)
             backward(engine, rank_loss(output.loss_sum, num_targets, self.topology))
             engine.step()
             loss_sum += output.loss_sum.detach()
@@ -125,10 +131,11 @@ class Trainer:
         loss = loss_sum.item() / max(num_targets, 1)
         values = {
             "loss": loss,
-            "bits_per_char": self._bits_per_char(loss),
+            **self.task.rates(loss, self.train.index),
             "grad_norm": grad_norm(engine),
             "learning_rate": rate,
-            **self.speed.rates(time.perf_counter() - start),
+            **self.speed.rates(agreed.num_tokens, time.perf_counter() - start),
+            **agreed.counts,
         }
         self._record(step + 1, values)
         # DeepSpeed passes over a step whose gradient is not finite, without a word.
@@ -138,36 +145,34 @@ class Trainer:
                 f"step {step + 1}: the loss is {loss} and the gradient norm {norm}; the newest "
                 "checkpoint is from before it: resume with a lower optim.learning_rate"
             )
-        return stop_asked
+        return agreed.stop_asked
 
-    def _agree_before(self, batch: Batch) -> tuple[int, bool]:
-        """Targets in the global batch, and whether any rank was asked to stop: one small sum."""
-        counted = int((batch.labels != IGNORED_LABEL).sum()) if self._counts else 0
-        agreed = torch.tensor(
-            [counted, int(self.stop.asked)], dtype=torch.int64, device=self.topology.device
-        )
-        dist.all_reduce(agreed, group=self.topology.data_context_group)
-        num_targets, stop_asked = agreed.tolist()
-        return num_targets, stop_asked > 0
+    def _agree_before(self, batch: AnyBatch) -> Agreed:
+        """Count the global batch, and ask whether any rank was asked to stop: one small sum."""
+        counts = self.task.counts(batch)
+        mine = [int((batch.labels != IGNORED_LABEL).sum()), batch.num_tokens, *counts.values()]
+        # Every context and tensor rank sees the same batch, so only the first one counts.
+        mine = mine if self._counts else [0] * len(mine)
+        agreed = torch.tensor([int(self.stop.asked), *mine], device=self.topology.device)
+        dist.all_reduce(agreed)  # tensor ranks too, or one would stop a step before another
+        stop_asked, num_targets, num_tokens, *counted = agreed.tolist()
+        named = dict(zip(counts, map(float, counted), strict=True))
+        return Agreed(num_targets, num_tokens, stop_asked > 0, named)
 
     @property
     def _counts(self) -> bool:
-        return self.topology.context_rank == 0
+        return self.topology.context_rank == 0 and self.topology.tensor_rank == 0
 
     def _evaluate(self, step: int) -> None:
         """Held-out loss over the first ``eval.batches`` global batches, without dropout."""
-        loss, _ = evaluate(self.engine, self.held_out, self.config, self.topology)
-        bits = self._bits_per_char(loss)
+        loss, _ = evaluate(self.engine, self.task, self.held_out, self.config, self.topology)
         if self.tracker is not None and self.progress is not None:
-            self.tracker.log(step, {"eval_loss": loss, "eval_bits_per_char": bits})
-            self.progress.say(f"step {step}: held-out loss {loss:.4f}, {bits:.4f} bits/char")
-            self.run_dir.append_metrics(
-                {"step": step, "eval_loss": loss, "eval_bits_per_char": bits}
-            )
-
-    def _bits_per_char(self, loss: float) -> float:
-        """Nats per token -> bits per character of source text."""
-        return loss / math.log(2.0) / self.train.index.characters_per_token
+            rates = self.task.rates(loss, self.train.index)
+            values = {"eval_loss": loss, **{f"eval_{key}": v for key, v in rates.items()}}
+            self.tracker.log(step, values)
+            self.run_dir.append_metrics({"step": step, **values})
+            bits = f", {rates['bits_per_char']:.4f} bits/char" if "bits_per_char" in rates else ""
+            self.progress.say(f"step {step}: held-out loss {loss:.4f}{bits}")
 
     def _record(self, step: int, values: dict[str, float]) -> None:
         if self.tracker is None or self.progress is None:
@@ -202,9 +207,9 @@ class Trainer:
 
 
 def evaluate(
-    engine: Engine, stream: EvalStream, config: TrainConfig, topology: Topology
+    engine: Engine, task: Task, stream: HeldOutSource, config: TrainConfig, topology: Topology
 ) -> tuple[float, int]:
-    """Mean held-out loss in nats per masked token, the same on every rank.
+    """Mean held-out loss in nats per target token, the same on every rank.
 
     Returns:
         Loss, and the number of targets it is a mean of.
@@ -213,10 +218,10 @@ def evaluate(
     engine.eval()
     with torch.no_grad():
         for batch in stream:
-            for ids, labels, shard in micro_batches(batch, config.batch.micro_batch, topology):
-                output = engine(ids, labels, shard, None)
+            for inputs in task.micro_batches(batch, config.batch.micro_batch, topology):
+                output = engine(*inputs, None)
                 totals[0] += output.loss_sum
-                totals[1] += (labels != IGNORED_LABEL).sum()
+                totals[1] += (inputs.labels != IGNORED_LABEL).sum()
     dist.all_reduce(totals, group=topology.data_context_group)
     loss_sum, num_targets = totals.tolist()
     return loss_sum / max(num_targets, 1.0), int(num_targets)

@@ -16,18 +16,16 @@ import torch
 import torch.distributed as dist
 
 from haloformer.configs.load import check_world
-from haloformer.configs.schema import TrainConfig
-from haloformer.data_pipeline.stream import EvalStream, TrainStream
 from haloformer.launcher import throughput
 from haloformer.launcher.checkpoint import CheckpointStore
 from haloformer.launcher.engine import build_engine
 from haloformer.launcher.progress import StepProgress
 from haloformer.launcher.run_dir import RunDir
 from haloformer.launcher.runtime import init_distributed
+from haloformer.launcher.tasks import TrainSource, task_of
 from haloformer.launcher.topology import Layout, Topology, build_topology
 from haloformer.launcher.tracking import Tracker, connect
 from haloformer.launcher.trainer import Speed, StopRequest, Trainer
-from haloformer.model.longformer import LongformerForMaskedLM
 
 
 def main() -> int:
@@ -63,9 +61,10 @@ def run(run_dir: RunDir, stop: StopRequest) -> None:
         Layout(data=data_size, context=config.parallel.context, tensor=config.parallel.tensor)
     )
     first = topology.rank == 0
-    train, held_out = open_streams(config, topology)
+    task = task_of(config)
+    train, held_out = task.open_streams(config, topology)
     torch.manual_seed(config.seed)  # the same weights on every rank and every layout
-    model = LongformerForMaskedLM(config.model, train.index.vocab_size, topology.tensor_group)
+    model = task.build_model(config, train.index.vocab_size, topology)
     engine = build_engine(model, config, topology)
     client = connect(plan.tracking_uri)
     store = CheckpointStore(client, plan.run_id, config, run_dir.staging)
@@ -81,6 +80,7 @@ def run(run_dir: RunDir, stop: StopRequest) -> None:
         config=config,
         topology=topology,
         engine=engine,
+        task=task,
         train=train,
         held_out=held_out,
         store=store,
@@ -88,7 +88,7 @@ def run(run_dir: RunDir, stop: StopRequest) -> None:
         tracker=Tracker(client, plan.run_id) if first else None,
         progress=StepProgress(config.steps, step, every=10) if first else None,
         stop=stop,
-        speed=_speed(config, train.index.vocab_size, topology),
+        speed=_speed(task.flops_per_token(config, train.index.vocab_size), topology),
     )
     with trainer.progress or contextlib.nullcontext():
         if trainer.progress is not None:
@@ -98,32 +98,7 @@ def run(run_dir: RunDir, stop: StopRequest) -> None:
     dist.destroy_process_group()
 
 
-def open_streams(config: TrainConfig, topology: Topology) -> tuple[TrainStream, EvalStream]:
-    """The training and held-out streams of this rank's data-parallel share."""
-    layout = topology.layout
-    train = TrainStream(
-        Path(config.data.train),
-        config.data,
-        seed=config.seed,
-        global_batch=config.batch.global_batch,
-        data_rank=topology.data_rank,
-        data_world=layout.data,
-        pad_multiple=layout.context,
-    )
-    held_out = EvalStream(
-        Path(config.data.eval),
-        config.data,
-        global_batch=config.batch.global_batch,
-        data_rank=topology.data_rank,
-        data_world=layout.data,
-        pad_multiple=layout.context,
-        num_batches=config.eval.batches,
-        tokenizer_sha256=train.index.tokenizer_sha256,
-    )
-    return train, held_out
-
-
-def check_identity(saved: dict[str, str | int], train: TrainStream) -> None:
+def check_identity(saved: dict[str, str | int], train: TrainSource) -> None:
     """Refuse to continue on data or a batch other than the checkpoint's.
 
     Raises:
@@ -138,22 +113,12 @@ def check_identity(saved: dict[str, str | int], train: TrainStream) -> None:
         )
 
 
-def _speed(config: TrainConfig, vocab_size: int, topology: Topology) -> Speed:
-    forward = throughput.forward_flops_per_token(
-        config.model,
-        vocab_size,
-        num_globals=1.0 if config.data.global_tokens == "first" else 0.0,
-        target_fraction=config.data.mask_probability,
-    )
+def _speed(flops_per_token: float | None, topology: Topology) -> Speed:
     # All ranks measure at once, so that ranks that share cores see the share they will have.
     peak = torch.tensor([throughput.peak_flops(topology.device)], dtype=torch.float64)
     peak = peak.to(topology.device)
     dist.all_reduce(peak)
-    return Speed(
-        tokens_per_step=config.batch.global_batch * config.data.seq_len,
-        flops_per_token=throughput.training_flops_per_token(forward),
-        peak=peak.item(),
-    )
+    return Speed(flops_per_token, peak.item())
 
 
 def _stop_on_signals(stop: StopRequest) -> None:

@@ -1,0 +1,135 @@
+"""LED trained on every layout by the trainer's own steps, on pairs read from shards.
+
+``walk`` runs in the ranks of ``dist.run_ranks``. Sources have 1 to 58 tokens and targets 1 to 19,
+so that some ranks hold padding only; some are cut.
+"""
+
+import os
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed
+
+from haloformer.configs.schema import TrainConfig
+from haloformer.data_pipeline.shards import DatasetWriter
+from haloformer.data_pipeline.tokenizers import ByteTokenizer
+from haloformer.launcher.engine import (
+    backward,
+    build_engine,
+    grad_norm,
+    rank_loss,
+    set_learning_rate,
+)
+from haloformer.launcher.runtime import init_distributed
+from haloformer.launcher.tasks import task_of
+from haloformer.launcher.topology import Layout, build_topology, destroy_topology
+from haloformer.launcher.trainer import evaluate
+from haloformer.model.dropout_sites import DropoutStep
+from haloformer.model.longformer import IGNORED_LABEL
+
+GLOBAL_BATCH, STEPS, NUM_PAIRS = 4, 5, 11
+LED = {
+    "kind": "led",
+    "hidden_size": 16,
+    "encoder_layers": 2,
+    "decoder_layers": 2,
+    "encoder_heads": 2,
+    "decoder_heads": 4,
+    "encoder_ffn_size": 24,
+    "decoder_ffn_size": 20,
+    "max_source_positions": 48,
+    "max_target_positions": 16,
+    "attention_window": [4, 20],
+    "hidden_dropout": 0.1,
+    "attention_dropout": 0.1,
+    "activation_dropout": 0.1,
+    "label_smoothing": 0.1,
+    "initializer_range": 0.1,
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One way to spread the same global batch."""
+
+    data: int
+    context: int
+    stage: int
+
+    def __str__(self):
+        return f"dp{self.data}_cp{self.context}_zero{self.stage}"
+
+    @property
+    def world(self):
+        return self.data * self.context
+
+
+CASES = [Case(d, c, stage) for d, c in [(1, 1), (2, 1), (1, 2)] for stage in (1, 3)]
+
+
+def write_pairs(folder: Path) -> None:
+    letters = random.Random(2)
+    tokenizer = ByteTokenizer()
+    folder.mkdir()
+    with DatasetWriter(folder, tokenizer, 200, "pairs") as writer:
+        for n in range(NUM_PAIRS):
+            lengths = (1 + 5 * n, 1 + 9 * n % 19)
+            texts = tuple("".join(letters.choices("abcdefgh ", k=k)) for k in lengths)
+            writer.add_pair(texts, *(tokenizer.encode(text) for text in texts), f"pair {n}")
+        writer.close()
+
+
+def config_of(case, folder):
+    return TrainConfig.model_validate(
+        {
+            "name": "layouts",
+            "seed": 11,
+            "steps": STEPS,
+            "model": LED,
+            "data": {"train": folder, "eval": folder, "seq_len": 47, "target_len": 15},
+            "batch": {"global_batch": GLOBAL_BATCH, "micro_batch": 1},
+            "optim": {"learning_rate": 1e-3, "clip_norm": 0.5},
+            "parallel": {"context": case.context, "zero_stage": case.stage},
+            "checkpoint": {"every": 1},
+            "eval": {"batches": 3},
+        }
+    )
+
+
+def train(case, folder):
+    """(loss, gradient norm) of every step, and (held-out loss, number of targets) at the end."""
+    config = config_of(case, folder)
+    os.environ["LOCAL_RANK"] = str(torch.distributed.get_rank())
+    init_distributed()
+    topology = build_topology(Layout(case.data, case.context))
+    task = task_of(config)
+    stream, held_out = task.open_streams(config, topology)
+    torch.manual_seed(config.seed)
+    model = task.build_model(config, stream.index.vocab_size, topology)
+    engine = build_engine(model, config, topology)
+    history = []
+    for step in range(STEPS):
+        batch = stream.next_batch()
+        counted = torch.tensor(int((batch.labels != IGNORED_LABEL).sum()))
+        torch.distributed.all_reduce(counted, group=topology.data_group)
+        set_learning_rate(engine, 1e-2 / (step + 1))
+        engine.train()
+        total = torch.zeros((), dtype=torch.float64)
+        for inputs in task.micro_batches(batch, config.batch.micro_batch, topology):
+            output = engine(*inputs, DropoutStep(config.seed, step))
+            backward(engine, rank_loss(output.loss_sum, counted.item(), topology))
+            engine.step()
+            total += output.loss_sum.detach().double()
+        torch.distributed.all_reduce(total)
+        history.append((total.item() / counted.item(), grad_norm(engine)))
+    history.append(evaluate(engine, task, held_out, config, topology))
+    engine.destroy()
+    destroy_topology()
+    return history
+
+
+def walk(rank, world, cases, folder):
+    """{case name: history} of every case of this world size."""
+    return {str(case): train(case, folder) for case in cases}
