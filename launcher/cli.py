@@ -19,6 +19,8 @@ COMMANDS = {
     "train": "haloformer.launcher.train_command",
     "checkpoints": "haloformer.launcher.checkpoints_command",
     "convert": "haloformer.launcher.convert_command",
+    "export": "haloformer.launcher.export_command",
+    "generate": "haloformer.launcher.generate_command",
     "doctor": "haloformer.launcher.doctor",
     "bench": "haloformer.launcher.bench_command",
 }

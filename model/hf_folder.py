@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +104,8 @@ def write_folder(folder: Path, config: dict[str, Any], weights: dict[str, Tensor
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
     (folder / f"{CONFIG}.part").write_text(text, encoding="utf-8")
     os.replace(folder / f"{CONFIG}.part", folder / CONFIG)
+    # safetensors makes files that nobody else may read.
+    shutil.copymode(folder / CONFIG, folder / WEIGHTS)
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -1,0 +1,87 @@
+"""Our tokenizers as files that transformers and ``tokenizers`` load.
+
+In tokenizer.json no special token is registered, so that it encodes every text as we do, one that
+spells "<mask>" as well; tokenizer_config.json names them, so transformers, which looks for them in
+texts, knows their ids.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer as Engine
+from tokenizers import decoders, models, pre_tokenizers, processors
+
+from haloformer.data_pipeline.files import write_atomic
+from haloformer.data_pipeline.tokenizers import SPECIAL_NAMES, BpeTokenizer, Tokenizer
+
+TOKENIZER_JSON = "tokenizer.json"
+_ROLES = {
+    "bos_token": "<s>",
+    "cls_token": "<s>",
+    "eos_token": "</s>",
+    "mask_token": "<mask>",
+    "pad_token": "<pad>",
+    "sep_token": "</s>",
+    "unk_token": "<unk>",
+}
+
+
+def write_for_transformers(tokenizer: Tokenizer, folder: Path, max_length: int) -> None:
+    """Write tokenizer.json and tokenizer_config.json, and the files that we ourselves load.
+
+    Args:
+        tokenizer: Bytes or byte-level BPE.
+        folder: Of the model.
+        max_length: Tokens that the model can read.
+    """
+    engine = fast_tokenizer(tokenizer)
+    write_atomic(folder / TOKENIZER_JSON, engine.to_str(pretty=True).encode())
+    settings = {
+        **_ROLES,
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": max_length,
+        "tokenizer_class": "PreTrainedTokenizerFast",
+    }
+    write_atomic(folder / "tokenizer_config.json", json.dumps(settings, indent=2).encode())
+    tokenizer.save(folder)
+
+
+def fast_tokenizer(tokenizer: Tokenizer) -> Any:
+    """A ``tokenizers.Tokenizer`` with the same ids, which puts <s> before a text and </s> after.
+
+    Args:
+        tokenizer: Bytes or byte-level BPE.
+    """
+    specials = tokenizer.specials
+    if isinstance(tokenizer, BpeTokenizer):
+        vocab = {token: number for number, token in enumerate(tokenizer.tokens)}
+        merges = list(tokenizer.merges)
+    else:
+        # Bytes are BPE that merges nothing.
+        vocab = dict(zip(SPECIAL_NAMES, specials, strict=True))
+        vocab |= {char: byte + 4 for byte, char in enumerate(byte_characters())}
+        merges = []
+    engine = Engine(models.BPE(vocab=vocab, merges=merges))
+    engine.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    engine.decoder = decoders.ByteLevel()
+    engine.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>",
+        pair="<s> $A </s> </s> $B </s>",
+        special_tokens=[("<s>", specials.bos), ("</s>", specials.eos)],
+    )
+    return engine
+
+
+def byte_characters() -> list[str]:
+    """The printable character that stands for each byte in byte-level vocabularies (GPT-2's).
+
+    Visible Latin-1 stands for itself; the other bytes get the characters from 256 up, in order::
+
+        byte 33 -> '!'      byte 0 -> chr(256)      byte 32 (blank) -> chr(288)
+    """
+    visible = {*range(33, 127), *range(161, 173), *range(174, 256)}
+    others = iter(range(256, 512))
+    return [chr(byte if byte in visible else next(others)) for byte in range(256)]

@@ -1,0 +1,167 @@
+"""`haloformer export` on a real run: transformers computes what the run computed."""
+
+import contextlib
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from tokenizers import Tokenizer as Engine
+
+import hf_peers
+from haloformer.data_pipeline.stream import EvalStream
+from haloformer.launcher.cli import main
+from haloformer.launcher.load_model import Found, find_checkpoint, load_found, load_run
+from launcher_runs import haloformer, held_out, newest_run, runs_of, write_project
+
+TRAIN = ["train", "tiny.yaml", "steps=4", "checkpoint.every=2", "model.dilation=1", "--ranks", "2"]
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of four steps on two sequence-parallel ranks, checkpoints at 2 and 4."""
+    folder = tmp_path_factory.mktemp("project")
+    write_project(folder)
+    done = haloformer(folder, TRAIN)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def inside(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.chdir(project)
+
+
+def run_id() -> str:
+    (run,) = runs_of(Path())
+    return run.name
+
+
+@contextlib.contextmanager
+def damaged(found: Found):
+    """One byte of a checkpoint is another while the block runs."""
+    step = found.manifest.step
+    name = f"checkpoints/step-{step:08d}/{found.manifest.files[0].name}"
+    path = found.catalog.artifacts.local_path(name)
+    assert path is not None
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    try:
+        yield
+    finally:
+        path.write_bytes(whole)
+
+
+def test_transformers_has_the_held_out_loss_of_the_run(tmp_path, capsys):
+    assert main(["export", "latest", str(tmp_path / "out")]) == 0
+    output = capsys.readouterr().out
+    assert f"run {run_id()}, step 4" in output and "tokenizer: bytes (261 tokens)" in output
+    peer = transformers.LongformerForMaskedLM.from_pretrained(tmp_path / "out").eval()
+    trained = load_run("latest")
+    config = trained.config
+    stream = EvalStream(
+        Path(config.data.eval),
+        config.data,
+        global_batch=config.batch.global_batch,
+        data_rank=0,
+        data_world=1,
+        num_batches=config.eval.batches,
+    )
+    loss_sum, count = 0.0, 0
+    for batch in stream:
+        ids, mask = torch.from_numpy(batch.input_ids), torch.from_numpy(batch.attention_mask)
+        chosen = torch.zeros_like(ids)
+        for row, (places, real) in enumerate(
+            zip(batch.global_positions, batch.global_mask, strict=True)
+        ):
+            chosen[row, places[real]] = 1
+        with torch.no_grad():
+            expected = trained.model(ids, mask, chosen).logits
+            found = peer(ids, mask.long(), chosen).logits
+        assert hf_peers.relative_error(found[mask], expected[mask]) < 1e-5
+        labels = torch.from_numpy(batch.labels)
+        loss_sum += float(
+            torch.nn.functional.cross_entropy(
+                found.flatten(0, 1), labels.flatten(), reduction="sum"
+            )
+        )
+        count += int((labels != -100).sum())
+    assert count > 0
+    assert loss_sum / count == pytest.approx(held_out(newest_run(Path()))[4], rel=1e-5)
+
+
+def test_the_tokenizer_comes_along_and_encodes_as_the_run_did(tmp_path):
+    assert main(["export", run_id(), str(tmp_path / "out"), "--step", "2"]) == 0
+    trained = load_run(run_id(), 2)
+    text = "Grüße, <mask> \u2603\n  twice"
+    ours = [0, *trained.tokenizer.encode(text).tolist(), 2]
+    assert Engine.from_file(str(tmp_path / "out" / "tokenizer.json")).encode(text).ids == ours
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert theirs("Grüße")["input_ids"] == [0, *trained.tokenizer.encode("Grüße").tolist(), 2]
+    assert (theirs.mask_token_id, theirs.pad_token_id, theirs.model_max_length) == (260, 1, 128)
+
+
+def test_the_step_that_is_named_is_the_one_that_is_written(tmp_path):
+    weights = {}
+    for step in (2, 4):
+        target = tmp_path / str(step)
+        assert main(["export", "latest", str(target), "--step", str(step)]) == 0
+        peer = transformers.LongformerForMaskedLM.from_pretrained(target)
+        weights[step] = peer.state_dict()["lm_head.dense.weight"]
+        name = "model.head.dense.weight"
+        assert torch.equal(weights[step], load_run("latest", step).model.state_dict()[name])
+    assert not torch.equal(weights[2], weights[4])
+
+
+def test_a_damaged_checkpoint_is_passed_over_and_refused_by_step():
+    newest = find_checkpoint("latest", None, None)
+    assert newest.manifest.step == 4
+    with damaged(newest):
+        assert load_run("latest").step == 2
+        with pytest.raises(ValueError, match=r"step 4 .* is damaged: .* leave out --step"):
+            load_run(run_id(), 4)
+    assert load_run("latest").step == 4
+
+
+def test_data_that_moved_is_named_and_can_be_named(tmp_path, monkeypatch, capsys):
+    database = f"sqlite:///{Path('mlflow.db').resolve()}"
+    data = Path("data").resolve()
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", database)
+    monkeypatch.chdir(tmp_path)
+    assert main(["export", "latest", "out"]) == 2
+    error = capsys.readouterr().err
+    assert "data/train, which is not there" in error and "--data" in error
+    assert main(["export", "latest", "out", "--data", str(data / "eval")]) == 2
+    assert "not the data that run" in capsys.readouterr().err
+    assert not Path("out").exists()
+    assert main(["export", "latest", "out", "--data", str(data / "train")]) == 0
+
+
+def test_what_cannot_be_exported_is_a_sentence(tmp_path, capsys):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "notes.txt").write_text("mine")
+    for words, message in (
+        (["latest", str(tmp_path / "full")], "is there already and not empty"),
+        (["latest", str(tmp_path / "out"), "--step", "3"], "no committed checkpoint at step 3"),
+        (["0" * 32, str(tmp_path / "out")], "not found"),
+        (["latest", str(tmp_path / "out"), "--experiment", "other"], "no committed checkpoint"),
+    ):
+        assert main(["export", *words]) == 2
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_char_lm_is_refused_by_name():
+    found = find_checkpoint("latest", None, None)
+    config = json.loads(json.dumps(found.manifest.config))
+    sizes = ("hidden_size", "num_layers", "num_heads", "ffn_size", "max_positions")
+    config["model"] = {
+        "kind": "char_lm",
+        "attention_window": 16,
+        **{key: config["model"][key] for key in sizes},
+    }
+    other = Found(found.catalog, found.manifest.model_copy(update={"config": config}))
+    with pytest.raises(ValueError, match="char_lm, which transformers has no model for"):
+        load_found(other)
