@@ -39,7 +39,6 @@ class Share:
         columns: Columns of this rank.
         first_row: The whole's row that is this rank's first.
         tensor_ranks: Ranks the columns are split over; 1 if they are not.
-        writes: False if a lower tensor rank holds the same elements.
     """
 
     rows: int
@@ -47,7 +46,6 @@ class Share:
     columns: range
     first_row: int = 0
     tensor_ranks: int = 1
-    writes: bool = True
 
     @property
     def numel(self) -> int:
@@ -86,11 +84,9 @@ def share_of(parameter: nn.Parameter, topology: Topology | None) -> Share:
     rows = shape[0] if shape else 1
     width = shape.numel() // rows
     whole = Share(rows, width, range(width))
-    if topology is None or topology.layout.tensor == 1:
+    if topology is None or not getattr(marks, "tensor_model_parallel", False):
         return whole
     rank, ranks = topology.tensor_rank, topology.layout.tensor
-    if not getattr(marks, "tensor_model_parallel", False):
-        return Share(rows, width, range(width), writes=rank == 0)
     if marks.partition_dim == 0:
         real_rows = getattr(marks, "unpadded_rows", rows * ranks)
         return Share(real_rows, width, range(width), first_row=rank * rows)

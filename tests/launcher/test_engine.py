@@ -15,6 +15,7 @@ from layouts import (
     FP32,
     SAVED_AT,
     STEPS,
+    TENSOR,
     Case,
     global_batch,
     saved_tensors,
@@ -71,6 +72,13 @@ def test_bf16_follows_fp32(case, walked, plain):
     seen, _ = walked
     for ours, truth in zip(seen["trained"][str(case)], plain[0], strict=True):
         assert ours == pytest.approx(truth, rel=1e-2)
+
+
+@pytest.mark.parametrize("case", [c for c in TENSOR if c.stage < 3], ids=str)
+def test_tensor_ranks_keep_the_same_copies_bit_for_bit(case, walked):
+    copies = walked[0]["copies"][str(case)]
+    assert len(copies) == case.world and len(copies[0]) == 3
+    assert all(copy == copies[0] for copy in copies)
 
 
 def test_clipping_is_at_work(plain):

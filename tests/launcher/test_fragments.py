@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from safetensors import safe_open
 from torch import nn
 
 from haloformer.launcher import runtime
@@ -51,10 +52,30 @@ def test_every_rank_writes_its_share_as_safetensors(case, walked):
     assert sizes[-1] < 2 * sizes[0]
 
 
-def test_a_plain_model_takes_the_weights(walked):
+@pytest.mark.parametrize("case", [Case(1, 2, 1, tensor=2), Case(1, 1, 3, tensor=4)], ids=str)
+def test_tensor_ranks_write_one_slice_each_of_whole_unpadded_parameters(case, walked):
+    _, folder = walked
+    keys = []
+    for file in sorted((folder / str(case)).glob("*.safetensors")):
+        with safe_open(str(file), framework="pt") as stored:
+            keys += stored.keys()
+    blocks = 36 // case.tensor  # of the 36 columns of the one matrix that is split by input
+    named = {f"weight/outer.weight[:,{i}:{i + blocks}]" for i in range(0, 36, blocks)}
+    assert {key for key in keys if key.startswith("weight/outer.weight")} == named
+    parameters = [name for name, _ in tiny_model(None).named_parameters()]
+    for name in parameters:
+        slices = [key for key in keys if key.partition("[")[0] == f"weight/{name}"]
+        assert 1 <= len(slices) <= case.world, name
+    saved = saved_tensors(folder / str(case))
+    assert saved["weight/embedding.weight"].numel() == VOCAB * WIDTH  # odd, and padded in memory
+    assert saved["weight/head_bias"].numel() == VOCAB
+
+
+@pytest.mark.parametrize("writer", [Case(2, 2, 3), Case(1, 1, 3, tensor=4)], ids=str)
+def test_a_plain_model_takes_the_weights(walked, writer):
     _, folder = walked
     model = tiny_model(None)
-    source = folder / str(Case(2, 2, 3)) / "end"
+    source = folder / str(writer) / "end"
     load_weights(model, source)
     saved = saved_tensors(source)
     for name, parameter in model.named_parameters():
