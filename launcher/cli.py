@@ -16,6 +16,7 @@ from haloformer import __version__
 # others would bring MLflow or torch along, seconds that `prepare` or `--help` need not wait.
 COMMANDS = {
     "prepare": "haloformer.data_pipeline.prepare_cli",
+    "data": "haloformer.data_pipeline.data_cli",
     "train": "haloformer.launcher.train_command",
     "checkpoints": "haloformer.launcher.checkpoints_command",
     "convert": "haloformer.launcher.convert_command",
