@@ -38,8 +38,8 @@ def answer_global_rows(
     """What the global tokens see of the whole sequence (section 3.1).
 
     The projections fold where they can (not under tensor parallelism, whose linears are
-    megatron-core's) and where it pays. Both ways call ``key_global``, then ``value_global``, so
-    ZeRO sees one order of modules; the number of global slots must be the same on all ranks.
+    megatron-core's) and where it pays. ZeRO sees one order of modules and gradients either way, so
+    data-parallel ranks may hold other numbers of global slots.
 
     Args:
         query: [B, G, H, D], global projection of the global tokens.
