@@ -116,6 +116,7 @@ def begin_transfer(
     ranks: Ranks,
     homeward: bool,
     counter: CommCounter | None,
+    channel: int = 0,
 ) -> Transfer:
     """Start sending rows of ``xs`` and receiving others of the same shapes.
 
@@ -126,6 +127,7 @@ def begin_transfer(
         ranks: The group.
         homeward: Gradients on their way home, against the direction of the parcels.
         counter: Counts what is sent.
+        channel: Tells transfers apart that are under way at the same time.
     """
     sent = [torch.cat([x[:, p.rows].reshape(-1) for x in xs]) for p in sends]
     row_size = sum(x[:, :1].numel() for x in xs)
@@ -133,7 +135,7 @@ def begin_transfer(
     operations = []
     for op, parcels, messages in ((dist.isend, sends, sent), (dist.irecv, receives, received)):
         for parcel, message in zip(parcels, messages, strict=True):
-            tag = parcel.direction.value + 2 * homeward
+            tag = parcel.direction.value + 2 * homeward + 4 * channel
             operations.append(
                 dist.P2POp(op, message, group=ranks.group, tag=tag, group_peer=parcel.peer)
             )
@@ -160,10 +162,14 @@ def unpack(message: Tensor, parcel: Parcel, like: Sequence[Tensor]) -> list[Tens
 
 
 def begin_fetch(
-    xs: Sequence[Tensor], plan: HaloPlan, ranks: Ranks, counter: CommCounter | None
+    xs: Sequence[Tensor],
+    plan: HaloPlan,
+    ranks: Ranks,
+    counter: CommCounter | None,
+    channel: int = 0,
 ) -> Transfer:
     """Start fetching the halo of tensors [B, n, ...] of one dtype."""
-    return begin_transfer(xs, plan.outgoing, plan.incoming, ranks, False, counter)
+    return begin_transfer(xs, plan.outgoing, plan.incoming, ranks, False, counter, channel)
 
 
 def end_fetch(transfer: Transfer, xs: Sequence[Tensor], plan: HaloPlan) -> tuple[Tensor, ...]:

@@ -4,7 +4,7 @@
 
     rank 1 of 3, n=6, left=1, right=2     local rows     6 | 7 8 9 | 10 11
                                                     border | interior | border
-    forward      fetch starts, interior rows, halo arrives, border rows
+    forward      fetch starts (of all groups), interior rows, halo arrives, border rows
     backward     border rows, halo gradients leave, interior rows, what comes home is added
 
 Interior rows see local keys only. Every rank cuts its rows alike, the first and the last of the
@@ -27,6 +27,7 @@ from haloformer.kernels.band import Band, BandKernel
 from haloformer.kernels.dropout import AttentionDropout
 from haloformer.kernels.halo import (
     HaloPlan,
+    Transfer,
     begin_fetch,
     begin_return,
     end_fetch,
@@ -132,6 +133,7 @@ class BandJob:
         kernel: Who computes.
         counter: Counts what is sent.
         trace: Records what happens when.
+        channel: Number of the group: the halos of all groups travel at once.
     """
 
     spec: WindowSpec
@@ -140,6 +142,7 @@ class BandJob:
     kernel: BandKernel
     counter: CommCounter | None
     trace: EventTrace | None
+    channel: int = 0
 
     def plan(self) -> HaloPlan:
         """The exchange; a rank alone needs no halo."""
@@ -173,6 +176,13 @@ class BandJob:
             dropout=dropout,
         )
 
+    def begin(self, key: Tensor, value: Tensor) -> Transfer:
+        """Start fetching the halo of this group's [B, n, h, D]; :func:`overlapped_band` ends it."""
+        inputs = (key.detach(), value.detach())
+        transfer = begin_fetch(inputs, self.plan(), self.shard.ranks, self.counter, self.channel)
+        self.record(Event.HALO_STARTED)
+        return transfer
+
     def record(self, event: Event) -> None:
         """Tell the trace, if there is one."""
         if self.trace is not None:
@@ -180,7 +190,13 @@ class BandJob:
 
 
 def overlapped_band(
-    query: Tensor, key: Tensor, value: Tensor, far_key: Tensor, far_value: Tensor, job: BandJob
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    far_key: Tensor,
+    far_value: Tensor,
+    job: BandJob,
+    transfer: Transfer,
 ) -> Tensor:
     """Windowed rows of heads that share one reach, with a halo just that wide.
 
@@ -193,12 +209,13 @@ def overlapped_band(
         far_key: [B, G, h, D], global keys, the same on all ranks.
         far_value: [B, G, h, D].
         job: Everything else.
+        transfer: What ``job.begin`` started.
 
     Returns:
         [B, n, h, D].
     """
     out: Tensor = _OverlappedBand.apply(  # type: ignore[no-untyped-call]
-        job, query, key, value, far_key, far_value
+        job, transfer, query, key, value, far_key, far_value
     )
     return out
 
@@ -208,6 +225,7 @@ class _OverlappedBand(torch.autograd.Function):
     def forward(
         ctx: Any,
         job: BandJob,
+        transfer: Transfer,
         query: Tensor,
         key: Tensor,
         value: Tensor,
@@ -217,9 +235,6 @@ class _OverlappedBand(torch.autograd.Function):
         ctx.job, ctx.plan = job, job.plan()
         plan: HaloPlan = ctx.plan
         interior, border = cut_rows(query.shape[1], plan.left, plan.right)
-        ranks = job.shard.ranks
-        transfer = begin_fetch((key, value), plan, ranks, job.counter)
-        job.record(Event.HALO_STARTED)
 
         def run(piece: Piece, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
             rows = query[:, piece.rows.start : piece.rows.stop]
@@ -283,7 +298,7 @@ class _OverlappedBand(torch.autograd.Function):
         job.record(Event.RETURN_ADDED)
         grad_query = _in_order([*interior, *border], [found[0] for found in grads])
         grad_far = (_sum([found[i] for found in grads]) for i in (3, 4))
-        return (None, grad_query, *totals, *grad_far)
+        return (None, None, grad_query, *totals, *grad_far)
 
 
 def _in_order(pieces: Sequence[Piece], parts: Sequence[Tensor]) -> Tensor:

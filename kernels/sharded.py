@@ -203,14 +203,15 @@ def sharded_band(
     heads = range(first_head, first_head + spec.num_heads)
     band_dropout = _dropout(dropout.band if dropout else None, shard, heads)
     far_key, far_value = gather_rows_of([key, value], shard, counter)
-    pieces = []
-    for group in spec.groups_by_reach():
+    groups = []
+    for channel, group in enumerate(spec.groups_by_reach()):
         q, k, v, g_k, g_v = (_take_heads(x, group) for x in (query, key, value, far_key, far_value))
         group_dropout = None
         if band_dropout is not None:
             group_dropout = replace(band_dropout, heads=tuple(heads[h] for h in group))
-        job = BandJob(spec.select(group), shard, group_dropout, kernel, counter, trace)
-        pieces.append(overlapped_band(q, k, v, g_k, g_v, job))
+        job = BandJob(spec.select(group), shard, group_dropout, kernel, counter, trace, channel)
+        groups.append((q, k, v, g_k, g_v, job, job.begin(k, v)))
+    pieces = [overlapped_band(*group) for group in groups]
     return scatter_rows(_join_heads(pieces, spec), global_rows, shard)
 
 
