@@ -6,10 +6,11 @@ STAMP := $(VENV)/.installed
 SOURCES := kernels model launcher data_pipeline configs
 ENWIKI := data/raw/enwiki-slice.xml.bz2
 
-.PHONY: setup train test lint format bench compile-check clean help
+.PHONY: setup train train-led test lint format bench compile-check clean help
 
 help:
 	@echo 'make train   fetch and prepare the demo text, train on 2 sequence-parallel ranks'
+	@echo 'make train-led   the same for a small LED on article leads, and its ROUGE'
 	@echo 'make test    all default tests (no GPU, no network beyond the package index)'
 	@echo 'make lint    ruff, mypy, import layers, file sizes'
 	@echo 'make bench   time and memory of the attention on this CPU, beside its peers (ten minutes)'
@@ -25,7 +26,7 @@ $(STAMP): pyproject.toml
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(BIN)/pip install -qq --upgrade 'pip>=24'
 	@$(BIN)/pip install -qq torch==2.13.0
-	@$(BIN)/pip install -qq --editable '.[dev,hf,demo]'
+	@$(BIN)/pip install -qq --editable '.[dev,hf,demo,rouge]'
 	@touch $@
 
 # The slice of Wikipedia that the gensim package carries: 6 MB of MediaWiki XML, sha256 checked.
@@ -35,6 +36,12 @@ $(ENWIKI): | $(STAMP)
 train: $(STAMP) $(ENWIKI)
 	@$(BIN)/haloformer prepare --input $(ENWIKI) --format mediawiki --tokenizer byte --output data/enwiki
 	@$(BIN)/haloformer train enwiki_mlm --ranks 2
+
+train-led: $(STAMP) $(ENWIKI)
+	@$(BIN)/haloformer prepare --input $(ENWIKI) --format mediawiki_lead --tokenizer train:4096 \
+		--holdout 0.15 --output data/wiki_lead
+	@$(BIN)/haloformer train wiki_led --ranks 2
+	@$(BIN)/haloformer evaluate latest --data data/wiki_lead/eval
 
 test: $(STAMP)
 	@$(BIN)/python -m pytest

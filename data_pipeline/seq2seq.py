@@ -253,6 +253,17 @@ class PairEvalStream:
             rows = [side.row(0, at) if at < num_pairs else side.maker.padding() for at in places]
             yield side.maker.stack(rows, side.slots)
 
+    def texts(self, key: PairKey) -> tuple[str, str]:
+        """Source and target of a pair as they were written, not cut."""
+        side = self._side
+        num_source, num_tokens = side.reader.pair_lengths(key.shard, key.sample)
+        parts = ((0, num_source), (num_source, num_tokens))
+        source, target = (
+            side.tokenizer.decode(side.reader.read(key.shard, key.sample, *part).tolist())
+            for part in parts
+        )
+        return source, target
+
     def close(self) -> None:
         """Close the open shards."""
         self._side.reader.close()

@@ -22,6 +22,7 @@ COMMANDS = {
     "convert": "haloformer.launcher.convert_command",
     "export": "haloformer.launcher.export_command",
     "generate": "haloformer.launcher.generate_command",
+    "evaluate": "haloformer.launcher.evaluate_command",
     "doctor": "haloformer.launcher.doctor",
     "bench": "haloformer.launcher.bench_command",
 }

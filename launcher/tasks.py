@@ -154,7 +154,10 @@ class LedTask(Task):
     def build_model(self, config: TrainConfig, vocab_size: int, topology: Topology) -> nn.Module:
         """Encoder, decoder and tied head."""
         assert isinstance(config.model, LedConfig)
-        return LedForConditionalGeneration(config.model, vocab_size, topology.tensor_group)
+        model = LedForConditionalGeneration(config.model, vocab_size, topology.tensor_group)
+        # Zero in a fresh LED and never trained, so that checkpoints need not have it.
+        model.register_buffer("final_logits_bias", model.final_logits_bias, persistent=False)
+        return model
 
     def micro_batches(
         self, batch: PairBatch, micro_batch: int, topology: Topology
