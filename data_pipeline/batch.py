@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from haloformer.data_pipeline.causal import NextToken
 from haloformer.data_pipeline.mlm import IGNORED, Masker, MaskKey
 from haloformer.data_pipeline.packing import NO_SEGMENT, Layout, Span, fill
 from haloformer.data_pipeline.reader import ShardReader
@@ -65,14 +66,14 @@ class RowMaker:
 
     reader: ShardReader
     specials: Specials
-    masker: Masker
+    labeller: Masker | NextToken
     width: int
     has_globals: bool
 
     def make(self, layout: Layout, key: MaskKey) -> Row:
-        """Read and mask one sequence."""
+        """Read and label one sequence."""
         ids, segments = fill(layout, self.reader, self.specials, self.width)
-        inputs, labels = self.masker(ids, key)
+        inputs, labels = self.labeller(ids, key)
         spans = tuple(span for _, span in layout.spans)
         return Row(inputs, labels, segments, layout.bos if self.has_globals else [], spans)
 

@@ -14,9 +14,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import ClassVar, Literal
 
 from haloformer.configs.schema import DataConfig
 from haloformer.data_pipeline.batch import Batch, Row, RowMaker, stack
+from haloformer.data_pipeline.causal import NextToken
 from haloformer.data_pipeline.errors import DataError
 from haloformer.data_pipeline.index import ShardIndex, load_index
 from haloformer.data_pipeline.mlm import Masker, MaskKey
@@ -24,6 +26,8 @@ from haloformer.data_pipeline.packing import Layout, Take, pack_isolated, pack_j
 from haloformer.data_pipeline.reader import ShardReader
 from haloformer.data_pipeline.tokenizers import Tokenizer
 from haloformer.data_pipeline.walker import Cursor, Epochs, Walker
+
+Labels = Literal["masked", "next"]  # fill in what was masked, or tell what follows
 
 
 def slots_of_rank(global_batch: int, data_rank: int, data_world: int) -> range:
@@ -54,6 +58,7 @@ class _DataSide:
         data_rank: int,
         data_world: int,
         pad_multiple: int,
+        labels: Labels,
     ) -> None:
         self.config = config
         self.global_batch = global_batch
@@ -62,10 +67,13 @@ class _DataSide:
         self.index.check_content("documents")
         self.tokenizer: Tokenizer = self.index.load_tokenizer()
         self.reader = ShardReader(self.index, config.on_corrupt)
+        specials, vocab_size = self.tokenizer.specials, self.tokenizer.vocab_size
         self.rows = RowMaker(
             self.reader,
-            self.tokenizer.specials,
-            Masker(self.tokenizer.vocab_size, self.tokenizer.specials, config.mask_probability),
+            specials,
+            NextToken(specials)
+            if labels == "next"
+            else Masker(vocab_size, specials, config.mask_probability),
             width=-(-config.seq_len // pad_multiple) * pad_multiple,
             has_globals=config.global_tokens == "first",
         )
@@ -104,6 +112,8 @@ class TrainStream:
         ValueError: If the ranks do not divide the batch.
     """
 
+    labels: ClassVar[Labels] = "masked"
+
     def __init__(
         self,
         data_dir: Path,
@@ -122,6 +132,7 @@ class TrainStream:
             data_rank=data_rank,
             data_world=data_world,
             pad_multiple=pad_multiple,
+            labels=self.labels,
         )
         self._seed = seed
         reader = self._side.reader
@@ -240,6 +251,8 @@ class EvalStream:
         ValueError: If the ranks do not divide the batch.
     """
 
+    labels: ClassVar[Labels] = "masked"
+
     def __init__(
         self,
         data_dir: Path,
@@ -259,6 +272,7 @@ class EvalStream:
             data_rank=data_rank,
             data_world=data_world,
             pad_multiple=pad_multiple,
+            labels=self.labels,
         )
         self._num_batches = num_batches
         if tokenizer_sha256 is not None:
@@ -303,3 +317,15 @@ class EvalStream:
     def close(self) -> None:
         """Close the open shards."""
         self._side.reader.close()
+
+
+class CausalTrainStream(TrainStream):
+    """As ``TrainStream``; nothing is masked, and every token is to predict the next."""
+
+    labels: ClassVar[Labels] = "next"
+
+
+class CausalEvalStream(EvalStream):
+    """As ``EvalStream``; nothing is masked, and every token is to predict the next."""
+
+    labels: ClassVar[Labels] = "next"

@@ -19,7 +19,7 @@ def write_curve(records: list[dict[str, Any]], title: str, path: Path) -> str | 
     """
     key, unit = "loss", "nats per target token"
     if any("bits_per_char" in record for record in records):
-        key, unit = "bits_per_char", "bits per character of the masked tokens"
+        key, unit = "bits_per_char", "bits per character of the target tokens"
     train = [(r["step"], r[key]) for r in records if key in r]
     held_out = [(r["step"], r[f"eval_{key}"]) for r in records if f"eval_{key}" in r]
     if not train:

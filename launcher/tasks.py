@@ -13,15 +13,21 @@ from typing import Any, Protocol
 
 from torch import nn
 
-from haloformer.configs.schema import LedConfig, ModelConfig, TrainConfig
+from haloformer.configs.schema import CharLmConfig, LedConfig, ModelConfig, TrainConfig
 from haloformer.data_pipeline.batch import Batch
 from haloformer.data_pipeline.index import ShardIndex
 from haloformer.data_pipeline.pairs import PairBatch
 from haloformer.data_pipeline.seq2seq import PairEvalStream, PairTrainStream
-from haloformer.data_pipeline.stream import EvalStream, TrainStream
+from haloformer.data_pipeline.stream import (
+    CausalEvalStream,
+    CausalTrainStream,
+    EvalStream,
+    TrainStream,
+)
 from haloformer.launcher.feeding import PairInput, RankInput, micro_batches, pair_micro_batches
 from haloformer.launcher.throughput import forward_flops_per_token, training_flops_per_token
 from haloformer.launcher.topology import Topology
+from haloformer.model.char_lm import CharLm
 from haloformer.model.led import LedForConditionalGeneration
 from haloformer.model.longformer import LongformerForMaskedLM
 
@@ -110,15 +116,8 @@ class Task(ABC):
         return None
 
 
-class MaskedLmTask(Task):
-    """Longformer that fills in masked tokens of packed documents."""
-
-    train_stream, held_out_stream = TrainStream, EvalStream
-
-    def build_model(self, config: TrainConfig, vocab_size: int, topology: Topology) -> nn.Module:
-        """Longformer with its MLM head."""
-        assert isinstance(config.model, ModelConfig)
-        return LongformerForMaskedLM(config.model, vocab_size, topology.tensor_group)
+class DocumentTask(Task):
+    """A task on running text, whose loss can be told per character."""
 
     def micro_batches(
         self, batch: Batch, micro_batch: int, topology: Topology
@@ -130,6 +129,17 @@ class MaskedLmTask(Task):
         """Bits per character of the source text."""
         return {"bits_per_char": loss / math.log(2.0) / index.characters_per_token}
 
+
+class MaskedLmTask(DocumentTask):
+    """Longformer that fills in masked tokens of packed documents."""
+
+    train_stream, held_out_stream = TrainStream, EvalStream
+
+    def build_model(self, config: TrainConfig, vocab_size: int, topology: Topology) -> nn.Module:
+        """Longformer with its MLM head."""
+        assert isinstance(config.model, ModelConfig)
+        return LongformerForMaskedLM(config.model, vocab_size, topology.tensor_group)
+
     def flops_per_token(self, config: TrainConfig, vocab_size: int) -> float | None:
         """Every matrix product, the head at masked positions only."""
         assert isinstance(config.model, ModelConfig)
@@ -140,6 +150,17 @@ class MaskedLmTask(Task):
             target_fraction=config.data.mask_probability,
         )
         return training_flops_per_token(forward)
+
+
+class CharLmTask(DocumentTask):
+    """Causal language model on documents, its global tokens unused; no FLOPs are told yet."""
+
+    train_stream, held_out_stream = CausalTrainStream, CausalEvalStream
+
+    def build_model(self, config: TrainConfig, vocab_size: int, topology: Topology) -> nn.Module:
+        """The causal model."""
+        assert isinstance(config.model, CharLmConfig)
+        return CharLm(config.model, vocab_size, topology.tensor_group)
 
 
 class LedTask(Task):
@@ -171,18 +192,13 @@ class LedTask(Task):
         return {"cut_sources": sources, "cut_targets": targets}
 
 
-_TASKS: dict[str, Task] = {"longformer_mlm": MaskedLmTask(), "led": LedTask()}
+_TASKS: dict[str, Task] = {
+    "longformer_mlm": MaskedLmTask(),
+    "led": LedTask(),
+    "char_lm": CharLmTask(),
+}
 
 
 def task_of(config: TrainConfig) -> Task:
-    """The task of a recipe.
-
-    Raises:
-        ValueError: If its model cannot be trained from a recipe yet.
-    """
-    kind = config.model.kind
-    if kind not in _TASKS:
-        raise ValueError(
-            f"model.kind {kind} cannot be trained from a recipe yet, only {' and '.join(_TASKS)}"
-        )
-    return _TASKS[kind]
+    """The task of a recipe."""
+    return _TASKS[config.model.kind]

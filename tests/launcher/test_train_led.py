@@ -12,7 +12,7 @@ import yaml
 
 from haloformer.launcher.cli import main
 from launcher_runs import TINY, haloformer, held_out, losses, newest_run, start
-from led_layouts import LED
+from task_layouts import LED
 
 RECIPE = {
     **TINY,

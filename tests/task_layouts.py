@@ -1,6 +1,6 @@
-"""LED trained on every layout by the trainer's own steps, on pairs read from shards.
+"""LED and the char LM trained on every layout by the trainer's own parts, on shards.
 
-``walk`` runs in the ranks of ``dist.run_ranks``. Sources have 1 to 58 tokens and targets 1 to 19,
+``walk`` runs in the ranks of ``dist.run_ranks``. Sources have 1 to 51 tokens and targets 1 to 19,
 so that some ranks hold padding only; some are cut.
 """
 
@@ -49,46 +49,74 @@ LED = {
     "initializer_range": 0.1,
 }
 
+CHAR_LM = {
+    "kind": "char_lm",
+    "hidden_size": 16,
+    "num_layers": 2,
+    "num_heads": 4,
+    "ffn_size": 24,
+    "max_positions": 48,
+    "attention_window": [4, 20],
+    "dilation": [1, 3],
+    "hidden_dropout": 0.1,
+    "attention_dropout": 0.1,
+    "initializer_range": 0.1,
+}
+
 
 @dataclass(frozen=True)
 class Case:
-    """One way to spread the same global batch."""
+    """One way to spread the same global batch of one model."""
 
+    kind: str
     data: int
     context: int
     stage: int
 
     def __str__(self):
-        return f"dp{self.data}_cp{self.context}_zero{self.stage}"
+        return f"{self.kind}_dp{self.data}_cp{self.context}_zero{self.stage}"
 
     @property
     def world(self):
         return self.data * self.context
 
 
-CASES = [Case(d, c, stage) for d, c in [(1, 1), (2, 1), (1, 2)] for stage in (1, 3)]
+CASES = [
+    *(Case("led", d, c, stage) for d, c in [(1, 1), (2, 1), (1, 2)] for stage in (1, 3)),
+    *(Case("char_lm", d, c, stage) for d, c, stage in [(1, 1, 1), (2, 1, 3), (1, 2, 1)]),
+]
 
 
-def write_pairs(folder: Path) -> None:
+def write_data(folder: Path) -> None:
+    """Pairs below ``led``, documents below ``char_lm``."""
     letters = random.Random(2)
     tokenizer = ByteTokenizer()
-    folder.mkdir()
-    with DatasetWriter(folder, tokenizer, 200, "pairs") as writer:
-        for n in range(NUM_PAIRS):
-            lengths = (1 + 5 * n, 1 + 9 * n % 19)
-            texts = tuple("".join(letters.choices("abcdefgh ", k=k)) for k in lengths)
-            writer.add_pair(texts, *(tokenizer.encode(text) for text in texts), f"pair {n}")
-        writer.close()
+    for kind, content in (("led", "pairs"), ("char_lm", "documents")):
+        (folder / kind).mkdir()
+        with DatasetWriter(folder / kind, tokenizer, 200, content) as writer:
+            for n in range(NUM_PAIRS):
+                lengths = (1 + 5 * n, 1 + 9 * n % 19)
+                texts = tuple("".join(letters.choices("abcdefgh ", k=k)) for k in lengths)
+                tokens = [tokenizer.encode(text) for text in texts]
+                if kind == "led":
+                    writer.add_pair(texts, *tokens, f"pair {n}")
+                else:
+                    writer.add(texts[0], tokens[0], f"document {n}")
+            writer.close()
 
 
 def config_of(case, folder):
+    place = f"{folder}/{case.kind}"
+    data = {"train": place, "eval": place, "seq_len": 47}
+    if case.kind == "led":
+        data["target_len"] = 15
     return TrainConfig.model_validate(
         {
             "name": "layouts",
             "seed": 11,
             "steps": STEPS,
-            "model": LED,
-            "data": {"train": folder, "eval": folder, "seq_len": 47, "target_len": 15},
+            "model": {"led": LED, "char_lm": CHAR_LM}[case.kind],
+            "data": data,
             "batch": {"global_batch": GLOBAL_BATCH, "micro_batch": 1},
             "optim": {"learning_rate": 1e-3, "clip_norm": 0.5},
             "parallel": {"context": case.context, "zero_stage": case.stage},
