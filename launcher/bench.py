@@ -105,8 +105,8 @@ def measure(settings: Settings, say: Say, attend: WindowAttention | None = None)
     return {
         "parity": "ok",
         "parity_checks": [dataclasses.asdict(check) for check in checks],
-        "device": _device_name(),
-        "versions": _versions(),
+        "device": device_name(),
+        "versions": versions(),
         "settings": dataclasses.asdict(settings),
         "floor": floors,
         "results": results,
@@ -248,14 +248,16 @@ def _seconds(contender: Contender, part: Part) -> float:
     return time.perf_counter() - start
 
 
-def _device_name() -> str:
+def device_name() -> str:
+    """The CPU and how many of its cores there are."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return f"{names[0] if names else platform.processor()}, {len(names)} cores"
 
 
-def _versions() -> dict[str, str | None]:
+def versions() -> dict[str, str | None]:
+    """Of what the numbers depend on; None for what is not installed."""
     found: dict[str, str | None] = {"python": platform.python_version()}
     for name in ("torch", "transformers"):
         try:
