@@ -77,15 +77,20 @@ class Started:
     before: set[Path]
 
     def run_dir(self) -> RunDir | None:
-        """The run that this command made or continues, None before it has."""
+        """The run that this command made, None before it has."""
         new = runs_of(self.folder) - self.before
         return RunDir(new.pop()) if new else None
 
-    def wait_for_step(self, step: int) -> RunDir:
-        """Wait until a step of training is recorded; fails when the command ends before."""
+    def wait_for_step(self, step: int, continued: RunDir | None = None) -> RunDir:
+        """Wait until a step of training is recorded; fails when the command ends before.
+
+        Args:
+            step: To wait for; it must come after those recorded when the command was started.
+            continued: The run, if the command continues one.
+        """
         deadline = time.monotonic() + LIMIT_S
         while time.monotonic() < deadline:
-            run_dir = self.run_dir()
+            run_dir = self.run_dir() if continued is None else continued
             if run_dir is not None and max(losses(run_dir), default=0) >= step:
                 return run_dir
             if self.process.poll() is not None:

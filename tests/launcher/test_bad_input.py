@@ -55,6 +55,10 @@ def recipe_without(project: Path, section: str, key: str) -> None:
         (["model.attention_window=15"], "attention_window 15 is odd"),
         (["model.num_heads=5"], "num_heads 5 does not divide hidden_size 32"),
         (["parallel.context=200"], "parallel.context 200 is more than data.seq_len 128"),
+        (
+            ["parallel.context=1", "parallel.tensor=4"],
+            "parallel.tensor 4 does not divide model.num_heads 2; set parallel.tensor 2",
+        ),
         (["batch.global_batch=3", "batch.micro_batch=2"], "batch.global_batch 3 is not a multiple"),
         (["data.train=nowhere"], "nowhere"),
         (["tracking.uri=sqlite:////proc/none/db"], "does not answer"),

@@ -6,7 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from haloformer.launcher.cli import main
+from haloformer.launcher.run_dir import RunDir
 from launcher_runs import (
+    Started,
     haloformer,
     held_out,
     losses,
@@ -68,30 +71,49 @@ def test_kill_9_of_a_rank_then_resume_gives_the_same_losses_bit_for_bit(
     assert losses(run_dir) == whole[0]
 
 
-def test_ctrl_c_checkpoints_and_another_layout_goes_on_with_the_same_losses(
-    project: Path, whole: tuple[dict[int, float], str]
+def test_ctrl_c_on_tensor_ranks_then_one_rank_then_tensor_ranks_keeps_the_losses(
+    project: Path,
+    whole: tuple[dict[int, float], str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    started = start(project, ["train", "tiny.yaml", *RANKS])
-    run_dir = started.wait_for_step(5)
-    started.process.send_signal(signal.SIGINT)
-    code, output = started.finish()
-    assert code == 0, output
-    state = run_dir.read_state()
-    assert state is not None and state[0] == "stopped" and 5 <= state[1] < 24
-    assert f"stopped after step {state[1]}" in output
-    done = haloformer(
-        project,
-        [
-            *("train", "tiny.yaml", "parallel.context=1", "parallel.zero_stage=3"),
-            *("--ranks", "1", "--resume", run_dir.path.name),
-        ],
-    )
+    """Tensor 2, tensor 1, tensor 2 in one run, against the context-parallel run left alone."""
+    tensor = ["parallel.context=1", "parallel.tensor=2"]
+    single = ["parallel.context=1", "parallel.zero_stage=3", "--ranks", "1"]
+    started = start(project, ["train", "tiny.yaml", *tensor, *RANKS])
+    run_dir = started.wait_for_step(4)
+    first = interrupt(started, run_dir)
+    assert 4 <= first < 20
+    resume = ["--resume", run_dir.path.name]
+    started = start(project, ["train", "tiny.yaml", *single, *resume])
+    started.wait_for_step(first + 2, run_dir)
+    second = interrupt(started, run_dir)
+    assert first + 2 <= second < 24
+    command = ["train", "tiny.yaml", *tensor, "parallel.zero_stage=2", *RANKS, *resume]
+    done = haloformer(project, command)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert f"from step {state[1]}" in done.stdout
+    assert "2 ranks (context 1, tensor 2), ZeRO-2" in done.stdout
+    assert f"from step {second}" in done.stdout
     resumed = losses(run_dir)
     assert resumed.keys() == whole[0].keys()
     for step, loss in whole[0].items():
         assert resumed[step] == pytest.approx(loss, rel=1e-6), step
+    monkeypatch.chdir(project)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    assert main(["checkpoints", run_dir.path.name, "--verify"]) == 0
+    newest = capsys.readouterr().out.splitlines()[0]
+    assert "step 24" in newest and "context 1 x tensor 2, ZeRO-2, fp32  verified" in newest
+
+
+def interrupt(started: Started, run_dir: RunDir) -> int:
+    """Ctrl-C; the step at which the run stopped, with a checkpoint."""
+    started.process.send_signal(signal.SIGINT)
+    code, output = started.finish()
+    assert code == 0, output
+    state = run_dir.read_state()
+    assert state is not None and state[0] == "stopped", output
+    assert f"stopped after step {state[1]}" in output
+    return state[1]
 
 
 def test_a_changed_recipe_is_not_continued(
