@@ -83,6 +83,7 @@ class Case:
 
 CASES = [
     *(Case("led", d, c, stage) for d, c in [(1, 1), (2, 1), (1, 2)] for stage in (1, 3)),
+    Case("led", 2, 2, 3),
     *(Case("char_lm", d, c, stage) for d, c, stage in [(1, 1, 1), (2, 1, 3), (1, 2, 1)]),
 ]
 

@@ -13,7 +13,7 @@ def histories(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tasks")
     write_data(folder)
     seen = {}
-    for world in (1, 2):
+    for world in (1, 2, 4):
         cases = [case for case in CASES if case.world == world]
         ranks = run_ranks(world, walk, cases, str(folder), timeout=200.0)
         assert all(rank == ranks[0] for rank in ranks), "ranks disagree"

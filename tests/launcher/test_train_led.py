@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import shutil
 import signal
 from pathlib import Path
 
@@ -11,7 +10,7 @@ import pytest
 import yaml
 
 from haloformer.launcher.cli import main
-from launcher_runs import TINY, haloformer, held_out, losses, newest_run, start
+from launcher_runs import TINY, haloformer, held_out, losses, newest_run, runs_of, start
 from task_layouts import LED
 
 RECIPE = {
@@ -101,6 +100,18 @@ def test_evaluate_scores_the_run_beside_its_baselines(
     assert any(len(pair["source"]) > 128 for pair in record["pairs"])
 
 
+@pytest.fixture(scope="module")
+def text(project: Path) -> Path:
+    """A data set of documents."""
+    for name in ("a.txt", "b.txt"):
+        (project / name).write_text("text " * 50)
+    inputs = ["--input", str(project / "a.txt"), str(project / "b.txt"), "--format", "text"]
+    output = project / "text"
+    options = ["--tokenizer", "byte", "--holdout", "0.5", "--output", str(output)]
+    assert main(["prepare", *inputs, *options]) == 0
+    return output
+
+
 @pytest.mark.parametrize(
     ("options", "named"),
     [
@@ -111,14 +122,16 @@ def test_evaluate_scores_the_run_beside_its_baselines(
     ],
 )
 def test_evaluate_names_what_it_cannot_use(
-    here: Path, whole: dict[int, float], options: list[str], named: str, capsys
+    here: Path, text: Path, whole: dict[int, float], options: list[str], named: str, capsys
 ) -> None:
-    if not (here / "text").exists():
-        (here / "a.txt").write_text("text " * 50)
-        shutil.copy(here / "a.txt", here / "b.txt")
-        inputs = ["--input", "a.txt", "b.txt", "--format", "text", "--tokenizer", "byte"]
-        assert main(["prepare", *inputs, "--holdout", "0.5", "--output", "text"]) == 0
     capsys.readouterr()
     assert main(["evaluate", "latest", *options]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and re.search(named, error), error
+
+
+def test_text_is_refused_before_any_rank_starts(here: Path, text: Path, capsys) -> None:
+    before = runs_of(here)
+    assert main(["train", "tiny.yaml", "data.train=text/train", *RANKS]) == 2
+    assert "text/train: it holds documents, and this model is" in capsys.readouterr().err
+    assert runs_of(here) == before
