@@ -54,6 +54,9 @@ class StepProgress:
             f"grad {values['grad_norm']:.2f}  lr {values['learning_rate']:.2e}  "
             f"{values['tokens_per_second']:,.0f} tok/s"
         )
+        if values.get("cut_sources", 0.0) + values.get("cut_targets", 0.0) > 0.0:
+            cut = (f"{values[f'cut_{name}']:.0f} {name}" for name in ("sources", "targets"))
+            status += f"  cut: {', '.join(cut)}"
         if self._bar is not None:
             self._bar.update(self._task, completed=done, status=status)
         elif done % self._every == 0 or done == self._total:
