@@ -72,19 +72,23 @@ class Case:
     data: int
     context: int
     stage: int
+    tensor: int = 1
 
     def __str__(self):
-        return f"{self.kind}_dp{self.data}_cp{self.context}_zero{self.stage}"
+        return f"{self.kind}_dp{self.data}_cp{self.context}_tp{self.tensor}_zero{self.stage}"
 
     @property
     def world(self):
-        return self.data * self.context
+        return self.data * self.context * self.tensor
 
 
 CASES = [
     *(Case("led", d, c, stage) for d, c in [(1, 1), (2, 1), (1, 2)] for stage in (1, 3)),
     Case("led", 2, 2, 3),
     *(Case("char_lm", d, c, stage) for d, c, stage in [(1, 1, 1), (2, 1, 3), (1, 2, 1)]),
+    Case("led", 1, 1, 3, tensor=2),
+    Case("led", 1, 2, 1, tensor=2),
+    Case("char_lm", 1, 1, 1, tensor=2),
 ]
 
 
@@ -120,7 +124,11 @@ def config_of(case, folder):
             "data": data,
             "batch": {"global_batch": GLOBAL_BATCH, "micro_batch": 1},
             "optim": {"learning_rate": 1e-3, "clip_norm": 0.5},
-            "parallel": {"context": case.context, "zero_stage": case.stage},
+            "parallel": {
+                "context": case.context,
+                "tensor": case.tensor,
+                "zero_stage": case.stage,
+            },
             "checkpoint": {"every": 1},
             "eval": {"batches": 3},
         }
@@ -132,7 +140,7 @@ def train(case, folder):
     config = config_of(case, folder)
     os.environ["LOCAL_RANK"] = str(torch.distributed.get_rank())
     init_distributed()
-    topology = build_topology(Layout(case.data, case.context))
+    topology = build_topology(Layout(case.data, case.context, case.tensor))
     task = task_of(config)
     stream, held_out = task.open_streams(config, topology)
     torch.manual_seed(config.seed)
@@ -151,7 +159,7 @@ def train(case, folder):
             backward(engine, rank_loss(output.loss_sum, counted.item(), topology))
             engine.step()
             total += output.loss_sum.detach().double()
-        torch.distributed.all_reduce(total)
+        torch.distributed.all_reduce(total, group=topology.data_context_group)
         history.append((total.item() / counted.item(), grad_norm(engine)))
     history.append(evaluate(engine, task, held_out, config, topology))
     engine.destroy()
