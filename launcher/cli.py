@@ -32,7 +32,7 @@ def build_parser(wanted: str | None) -> argparse.ArgumentParser:
     """The parser of one command, or of all when it is none of them."""
     parser = argparse.ArgumentParser(
         prog="haloformer",
-        description="Train Longformer on long documents, with the sequence sharded over ranks.",
+        description="Train Longformer and LED on long documents, the sequence sharded over ranks.",
         epilog="example: haloformer train enwiki_mlm --ranks 2",
     )
     parser.add_argument("--version", action="version", version=f"haloformer {__version__}")
