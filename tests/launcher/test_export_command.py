@@ -7,14 +7,29 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+import yaml
 from tokenizers import Tokenizer as Engine
 
 import hf_peers
 from haloformer.data_pipeline.stream import EvalStream
 from haloformer.launcher.cli import main
 from haloformer.launcher.load_model import Found, find_checkpoint, load_found, load_run
-from launcher_runs import haloformer, held_out, newest_run, runs_of, write_project
+from launcher_runs import TINY, haloformer, held_out, newest_run, runs_of, write_project
 
+LED = {
+    "kind": "led",
+    "hidden_size": 24,
+    "encoder_layers": 2,
+    "decoder_layers": 1,
+    "encoder_heads": 2,
+    "decoder_heads": 3,
+    "encoder_ffn_size": 32,
+    "decoder_ffn_size": 40,
+    "max_source_positions": 128,
+    "max_target_positions": 32,
+    "attention_window": [8, 16],
+    "initializer_range": 0.3,
+}
 TRAIN = ["train", "tiny.yaml", "steps=4", "checkpoint.every=2", "model.dilation=1", "--ranks", "2"]
 
 
@@ -24,6 +39,22 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("project")
     write_project(folder)
     done = haloformer(folder, TRAIN)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder
+
+
+@pytest.fixture(scope="module")
+def led_project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two steps of an LED on pairs, on one rank."""
+    folder = tmp_path_factory.mktemp("led_project")
+    pairs = [{"source": f"page {n} of the book " * 3, "target": f"page {n}"} for n in range(20)]
+    (folder / "pairs.jsonl").write_text("\n".join(map(json.dumps, pairs)))
+    recipe = {**TINY, "model": LED, "data": {**TINY["data"], "target_len": 16}, "steps": 2}
+    recipe["parallel"] = {"context": 1}
+    (folder / "led.yaml").write_text(yaml.safe_dump(recipe))
+    words = ["--input", str(folder / "pairs.jsonl"), "--format", "pairs", "--tokenizer", "byte"]
+    assert main(["prepare", *words, "--output", str(folder / "data")]) == 0
+    done = haloformer(folder, ["train", "led.yaml", "--ranks", "1"])
     assert done.returncode == 0, done.stdout + done.stderr
     return folder
 
@@ -151,6 +182,36 @@ def test_what_cannot_be_exported_is_a_sentence(tmp_path, capsys):
         assert main(["export", *words]) == 2
         assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_an_led_run_writes_the_same_answers_as_its_export_in_transformers(
+    led_project, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(led_project)
+    assert main(["export", "latest", str(tmp_path / "out")]) == 0
+    (tmp_path / "asked.txt").write_text("page 3 of the book\n")
+    ask = ["--input", str(tmp_path / "asked.txt"), "--json", "--max-length", "12", "--beams", "3"]
+    capsys.readouterr()
+    for name in ("latest", str(tmp_path / "out")):
+        assert main(["generate", name, *ask]) == 0
+    answers = {json.loads(line)["output"] for line in capsys.readouterr().out.splitlines()}
+    peer = transformers.LEDForConditionalGeneration.from_pretrained(tmp_path / "out").eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    ids = tokenizer("page 3 of the book", return_tensors="pt")["input_ids"]
+    chosen = torch.zeros_like(ids)
+    chosen[:, 0] = 1
+    with torch.no_grad():
+        call = {"input_ids": ids, "global_attention_mask": chosen, "labels": ids[:, :9]}
+        found, ours = peer(**call).logits, load_run("latest").model(**call).logits
+    assert hf_peers.relative_error(found, ours) < 1e-5
+    written = peer.generate(ids, global_attention_mask=chosen, max_length=12, num_beams=3)
+    assert answers == {tokenizer.decode(written[0], skip_special_tokens=True)}
+
+
+def test_a_run_that_writes_no_text_is_not_asked(tmp_path, capsys):
+    (tmp_path / "asked.txt").write_text("one\n")
+    assert main(["generate", "latest", "--input", str(tmp_path / "asked.txt")]) == 2
+    assert f"run {run_id()}, step 4: holds a MaskedLM" in capsys.readouterr().err
 
 
 def test_a_char_lm_is_refused_by_name():
