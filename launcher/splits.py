@@ -114,7 +114,7 @@ class Saved:
         reached = 0
         for block in self.blocks(share.width):
             fits = self.numels.get(block, self.numels.get(None)) == share.rows * len(block)
-            if block.start != reached or not fits:
+            if block.start != reached or not block or not fits:
                 return f"the saved columns {block.start}:{block.stop} do not continue {reached}"
             reached = block.stop
         return None

@@ -98,6 +98,7 @@ def test_stored_names_are_grouped_by_parameter():
         ({range(3): 12, range(2, 5): 12}, "the saved columns 2:5 do not continue 3"),
         ({range(3): 11, range(3, 6): 13}, "the saved columns 0:3 do not continue 0"),
         ({range(3): 12, range(4, 7): 12}, "the saved columns 4:7 do not continue 3"),
+        ({range(6): 24, range(6, 6): 0}, "the saved columns 6:6 do not continue 6"),
         ({None: 12, range(3): 12}, "the saved columns 0:6 do not continue 0"),
     ],
 )
