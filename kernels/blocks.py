@@ -79,25 +79,24 @@ class Block:
         picked = x[self.example, rows.start : rows.stop : rows.step, self.strand.heads]
         return picked.transpose(0, 1)
 
-    def scores_(self, out: Tensor, query: Tensor, key: Tensor, global_key: Tensor) -> Tensor:
-        """Write base-2 logits, -inf where masked, into ``out`` [h, R, G + K]; returns it.
+    def scores_(self, out: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        """Write base-2 logits of the band, -inf where masked, into ``out``; returns it.
 
         Args:
-            out: Where to write; its content does not matter.
+            out: [h, R, K], where to write; its content does not matter. Contiguous, or torch
+                computes head by head.
             query: [h, R, D].
             key: [h, K, D].
-            global_key: [h, G, D].
         """
-        num_globals = global_key.shape[1]
-        scale = math.log2(math.e) * query.shape[-1] ** -0.5
-        near = out[:, :, num_globals:]
-        torch.baddbmm(near, query, key.mT, beta=0, alpha=scale, out=near)
-        self._mask_edges_(near)
-        self._mask_keys_(near)
-        if num_globals:
-            far = out[:, :, :num_globals]
-            torch.baddbmm(far, query, global_key.mT, beta=0, alpha=scale, out=far)
-            self._mask_globals_(far)
+        torch.baddbmm(out, query, key.mT, beta=0, alpha=_scale(query), out=out)
+        self._mask_edges_(out)
+        self._mask_keys_(out)
+        return out
+
+    def global_scores_(self, out: Tensor, query: Tensor, global_key: Tensor) -> Tensor:
+        """:meth:`scores_` of the global columns: ``out`` [h, R, G], ``global_key`` [h, G, D]."""
+        torch.baddbmm(out, query, global_key.mT, beta=0, alpha=_scale(query), out=out)
+        self._mask_globals_(out)
         return out
 
     def _mask_edges_(self, scores: Tensor) -> None:
@@ -154,6 +153,11 @@ class Block:
             dropout.rate,
         )
         return keep.to(like.dtype).mul_(1.0 / (1.0 - dropout.rate))
+
+
+def _scale(query: Tensor) -> float:
+    """Of base-2 logits."""
+    return math.log2(math.e) / math.sqrt(query.shape[-1])
 
 
 def blocks(query: Tensor, key: Tensor, band: Band, size: int) -> Iterator[Block]:
