@@ -22,6 +22,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from haloformer.kernels.dropout import AttentionDropout
@@ -84,3 +85,8 @@ class BandKernel:
         [Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Band],
         tuple[Tensor, Tensor, Tensor, Tensor, Tensor],
     ]
+
+
+def computed(x: Tensor) -> Tensor:
+    """In the precision of the arithmetic outside of the fused kernel: at least float32."""
+    return x if x.dtype == torch.float64 else x.float()

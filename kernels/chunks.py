@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from haloformer.kernels.band import Band, BandKernel
+from haloformer.kernels.band import Band, BandKernel, computed
 from haloformer.kernels.blocks import blocks
 
 # A block of R rows computes R - 1 scores per row beyond the window; fewer rows waste less but
@@ -83,11 +83,6 @@ class _WindowAttention(torch.autograd.Function):
     def backward(ctx: Any, grad_out: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, g_k, g_v, out, lse = ctx.saved_tensors
         return (*KERNEL.backward(grad_out, out, lse, q, k, v, g_k, g_v, ctx.band), None)
-
-
-def _computed(x: Tensor) -> Tensor:
-    """In the precision of the arithmetic: float32, or float64 for float64."""
-    return x if x.dtype == torch.float64 else x.float()
 
 
 class _Scratch:
@@ -237,7 +232,7 @@ def _forward_piece(
     band: Band,
 ) -> tuple[Tensor, Tensor]:
     inputs = (query, key, value, global_key, global_value)
-    out, lse = _forward(band, *(_computed(x) for x in inputs))
+    out, lse = _forward(band, *(computed(x) for x in inputs))
     return out.to(query.dtype), lse
 
 
@@ -254,9 +249,9 @@ def _backward_piece(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     inputs = (query, key, value, global_key, global_value)
     # sum_j P_ij dP_ij = dO_i . O_i, with dropout as well.
-    delta = (_computed(grad_out) * out).sum(-1, keepdim=True)
-    upcast = [_computed(x) for x in inputs]
-    dq, dk, dv, dgk, dgv = _backward(band, _computed(grad_out), lse[..., None], delta, *upcast)
+    delta = (computed(grad_out) * out).sum(-1, keepdim=True)
+    upcast = [computed(x) for x in inputs]
+    dq, dk, dv, dgk, dgv = _backward(band, computed(grad_out), lse[..., None], delta, *upcast)
     far = (dgk.to(global_key.dtype), dgv.to(global_value.dtype))
     return (dq.to(query.dtype), dk.to(key.dtype), dv.to(value.dtype), *far)
 

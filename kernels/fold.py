@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from haloformer.kernels.band import computed
 from haloformer.kernels.checks import check_shape
 from haloformer.kernels.global_tokens import GlobalAttention
 from haloformer.kernels.merge import merge_over_ranks
@@ -99,8 +100,8 @@ def attend_folded(folded_query: Tensor, hidden: Tensor, attention: GlobalAttenti
 class _FoldedRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query: Tensor, hidden: Tensor, attention: GlobalAttention) -> Tensor:
-        rows = _computed(hidden)
-        scores = _scores(_computed(query).transpose(1, 2), rows, attention)
+        rows = computed(hidden)
+        scores = _scores(computed(query).transpose(1, 2), rows, attention)
         local_lse = scores.logsumexp(-1)
         weights = torch.exp(scores - local_lse.masked_fill(local_lse.isinf(), 0.0)[..., None])
         factors = attention.keep_factors(weights)
@@ -120,7 +121,7 @@ class _FoldedRows(torch.autograd.Function):
         attention: GlobalAttention = ctx.attention
         summed = attention.shard.ranks.sum_(summable(grad), attention.counter)
         grad_answer = summed.transpose(1, 2)  # [B, H, G, E + 1]
-        query, rows = _computed(saved_query).transpose(1, 2), _computed(hidden)
+        query, rows = computed(saved_query).transpose(1, 2), computed(hidden)
         weights = torch.exp(_scores(query, rows, attention) - lse[..., None])
         # d answer / d weight of token j is (x_j, 1).
         grad_weights = _with_bias(grad_answer, rows)
@@ -140,10 +141,6 @@ class _FoldedRows(torch.autograd.Function):
         )
         grad_query = grad_query.transpose(1, 2).to(saved_query.dtype)
         return grad_query, grad_hidden.to(hidden.dtype), None
-
-
-def _computed(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
 
 
 def _flat(x: Tensor) -> Tensor:

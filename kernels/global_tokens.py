@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from haloformer.kernels.band import computed
 from haloformer.kernels.dropout import AttentionDropout, keep_mask
 from haloformer.kernels.merge import merge_over_ranks
 from haloformer.kernels.ranks import CommCounter, summable
@@ -175,7 +176,7 @@ class GlobalAttention:
 
 def _per_head(x: Tensor) -> Tensor:
     """[B, N, H, D] -> [B, H, N, D] in at least float32."""
-    return (x if x.dtype == torch.float64 else x.float()).transpose(1, 2)
+    return computed(x).transpose(1, 2)
 
 
 def attend_globally(
