@@ -26,7 +26,7 @@ $(STAMP): pyproject.toml
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(BIN)/pip install -qq --upgrade 'pip>=24'
 	@$(BIN)/pip install -qq torch==2.13.0
-	@$(BIN)/pip install -qq --editable '.[dev,hf,demo,rouge]'
+	@$(BIN)/pip install -qq --editable '.[dev,hf,demo,rouge,remote]'
 	@touch $@
 
 # The slice of Wikipedia that the gensim package carries: 6 MB of MediaWiki XML, sha256 checked.

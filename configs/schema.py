@@ -23,6 +23,16 @@ from haloformer.configs.models import (
 __all__ = ["AnyModelConfig", "CharLmConfig", "LedConfig", "ModelConfig", "TrainConfig"]
 
 
+class CacheConfig(Section):
+    """Blocks of remote data on this host's disk; all ranks of a host share them.
+
+    ``path`` is a folder that holds nothing else; None is ``~/.cache/haloformer/blocks``.
+    """
+
+    path: str | None = None
+    limit_mib: Annotated[int, Field(ge=64)] = 10240
+
+
 class DataConfig(Section):
     """What is read, and how tokens become training sequences.
 
@@ -39,6 +49,7 @@ class DataConfig(Section):
     global_tokens: Literal["first", "none"] = "first"
     mask_probability: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.15
     on_corrupt: Literal["stop", "skip"] = "stop"
+    cache: CacheConfig = CacheConfig()
 
 
 class BatchConfig(Section):

@@ -16,16 +16,18 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
+from haloformer.configs.schema import CacheConfig
 from haloformer.data_pipeline.errors import DataError
 from haloformer.data_pipeline.files import write_atomic
-from haloformer.data_pipeline.tokenizers import Tokenizer, load_tokenizer
+from haloformer.data_pipeline.store import Store, open_store
+from haloformer.data_pipeline.tokenizers import TOKENIZER_FILES, Tokenizer, load_tokenizer
 
 FORMAT = "haloformer-shards"
 VERSION = 1
@@ -66,13 +68,14 @@ class ShardInfo:
 class ShardIndex:
     """All that is known about a data set without opening a shard."""
 
-    folder: Path
+    folder: Path | str  # a path, or the address of a remote data set
     shards: tuple[ShardInfo, ...]
     dtype: str  # numpy name of the stored tokens
     tokenizer_kind: str
     tokenizer_sha256: str
     vocab_size: int
     sha256: str  # names the content: two data sets with the same hash are the same
+    store: Store = field(compare=False, repr=False)
     content: Content = "documents"
 
     @property
@@ -125,9 +128,17 @@ class ShardIndex:
         Raises:
             DataError: If the folder holds another one.
         """
-        folder = self.folder / TOKENIZER_FOLDER
-        tokenizer = load_tokenizer(folder)
-        self.check_tokenizer(tokenizer.sha256, folder)
+        origin = self.store.place(TOKENIZER_FOLDER)
+        with self.store.local_folder(TOKENIZER_FOLDER, TOKENIZER_FILES) as folder:
+            try:
+                tokenizer = load_tokenizer(folder)
+            except DataError as fault:
+                if not self.store.is_remote:
+                    raise
+                # The copy is gone when the message is read.
+                told = str(fault).replace(str(folder), str(origin))
+                raise DataError(told) from fault
+        self.check_tokenizer(tokenizer.sha256, origin)
         return tokenizer
 
     def check_tokenizer(self, sha256: str, origin: Path | str) -> None:
@@ -170,26 +181,37 @@ def save_index(
     return load_index(folder)
 
 
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
 def _own_hash(content: dict[str, Any]) -> str:
     rest = {key: value for key, value in content.items() if key != "sha256"}
-    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+    return _sha256(json.dumps(rest, sort_keys=True).encode())
 
 
-def load_index(folder: Path) -> ShardIndex:
+def load_index(data_set: Path | str | Store, cache: CacheConfig | None = None) -> ShardIndex:
     """Read and check ``index.json``.
+
+    Args:
+        data_set: Its folder: a path, ``file:``, ``http(s)://`` or ``s3://``; or a store of it.
+        cache: Where a remote one keeps what was read; None is the default place.
 
     Raises:
         DataError: If there is none, it is of another version, or it was damaged.
     """
-    path = folder / INDEX_NAME
+    store = open_store(data_set, cache) if isinstance(data_set, Path | str) else data_set
+    folder, path = store.folder, store.place(INDEX_NAME)
     try:
-        content = json.loads(path.read_bytes())
+        text = store.read(INDEX_NAME)
     except (FileNotFoundError, NotADirectoryError) as fault:
         raise DataError(
             f"holds no {INDEX_NAME}, so it is not a data set",
             file=folder,
             remedy="make one with `haloformer prepare`, and name its train or eval folder",
         ) from fault
+    try:
+        content = json.loads(text)
     except (ValueError, RecursionError) as fault:
         raise DataError(f"not JSON ({fault})", file=path, remedy=_REMEDY) from fault
     if not isinstance(content, dict) or content.get("format") != FORMAT:
@@ -203,24 +225,29 @@ def load_index(folder: Path) -> ShardIndex:
     if content.get("sha256") != _own_hash(content):
         raise DataError("its content does not match its own hash", file=path, remedy=_REMEDY)
     try:
-        return _parse(folder, content)
+        index = _parse(store, content)
     except (KeyError, TypeError, AttributeError, ValueError) as fault:
         raise DataError(f"malformed ({fault!r})", file=path, remedy=_REMEDY) from fault
+    sizes = {shard.name: shard.size for shard in index.shards}
+    for shard in index.shards:
+        sizes[shard.table_name] = shard.num_samples * index.record.itemsize
+    store.pin(index.sha256, sizes)
+    return index
 
 
-def _parse(folder: Path, content: dict[str, Any]) -> ShardIndex:
+def _parse(store: Store, content: dict[str, Any]) -> ShardIndex:
     tokenizer = content["tokenizer"]
     shards = tuple(ShardInfo(**entry) for entry in content["shards"])
     for shard in shards:
         # The name becomes a path, so it must not lead out of the folder.
         if not isinstance(shard.name, str) or not _SHARD_NAME.fullmatch(shard.name):
             raise ValueError(f"shard name {shard.name!r}")
-        for field in fields(shard):
-            value = getattr(shard, field.name)
-            if "sha256" in field.name and not _HASH.fullmatch(value):
-                raise ValueError(f"{shard.name}: {field.name} {value!r}")
-            if field.name.startswith(("num_", "size")) and (type(value) is not int or value < 0):
-                raise ValueError(f"{shard.name}: {field.name} {value!r}")
+        for entry in fields(shard):
+            value = getattr(shard, entry.name)
+            if "sha256" in entry.name and not _HASH.fullmatch(value):
+                raise ValueError(f"{shard.name}: {entry.name} {value!r}")
+            if entry.name.startswith(("num_", "size")) and (type(value) is not int or value < 0):
+                raise ValueError(f"{shard.name}: {entry.name} {value!r}")
     if len({shard.name for shard in shards}) != len(shards):
         raise ValueError("a shard is named twice")
     if sum(shard.num_tokens for shard in shards) == 0:
@@ -231,7 +258,8 @@ def _parse(folder: Path, content: dict[str, Any]) -> ShardIndex:
     if holds not in get_args(Content):
         raise ValueError(f"content {holds!r}")
     return ShardIndex(
-        folder=folder,
+        folder=store.folder,
+        store=store,
         shards=shards,
         dtype=content["dtype"],
         tokenizer_kind=str(tokenizer["kind"]),
@@ -249,12 +277,17 @@ def load_table(index: ShardIndex, shard: int) -> NDArray[np.void]:
         DataError: If it is missing or not the one that was written.
     """
     info = index.shards[shard]
-    path = index.folder / info.table_name
+    path = index.store.place(info.table_name)
     try:
-        content = path.read_bytes()
+        content = index.store.read_known(info.table_name)
+        # Cached wrong, it would stay wrong.
+        if _sha256(content) != info.table_sha256 and index.store.forget(
+            info.table_name, 0, len(content)
+        ):
+            content = index.store.read_known(info.table_name)
     except FileNotFoundError as fault:
         raise DataError("the offset table is missing", file=path, remedy=_REMEDY) from fault
-    if hashlib.sha256(content).hexdigest() != info.table_sha256:
+    if _sha256(content) != info.table_sha256:
         raise DataError("the offset table is damaged (wrong sha256)", file=path, remedy=_REMEDY)
     if len(content) != info.num_samples * index.record.itemsize:
         raise DataError(f"the offset table has not {info.num_samples} records", file=path)

@@ -6,21 +6,24 @@ index. Memory is bounded: open files, tables, checked documents and cached token
 
 from __future__ import annotations
 
-import os
+import hashlib
+import tempfile
 import zlib
 from collections import OrderedDict
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from haloformer.configs.schema import CacheConfig
 from haloformer.data_pipeline.errors import CorruptSampleError, DataError
-from haloformer.data_pipeline.files import sha256_file
-from haloformer.data_pipeline.index import ShardIndex, load_index, load_table
+from haloformer.data_pipeline.index import ShardIndex, ShardInfo, load_index, load_table
+from haloformer.data_pipeline.store import Store
 
 _REMEDY = "restore it from a copy, prepare the data again, or set data.on_corrupt=skip"
-_MAX_FILES = 32
+_QUESTIONS = 16  # at a time, to a server
 _MAX_TABLES = 256
 _MAX_CHECKED = 1 << 16  # documents remembered as sound
 _MAX_CACHED_BYTES = 16 << 20  # tokens of short documents that were just checked
@@ -34,6 +37,8 @@ class ShardReader:
         index: From ``load_index``.
         on_corrupt: ``stop`` also checks the size of every shard now; with ``skip`` a damaged
             sample raises ``CorruptSampleError`` when it is touched, for the caller to count.
+            Shards of a server are only looked at when they are touched: the launcher has asked
+            for their sizes, and each rank would ask again.
 
     Raises:
         DataError: If a shard is missing or has another size (``stop``).
@@ -42,18 +47,16 @@ class ShardReader:
     def __init__(self, index: ShardIndex, on_corrupt: str = "stop") -> None:
         self.index = index
         self._dtype = np.dtype(index.dtype)
-        self._files: OrderedDict[int, int] = OrderedDict()
         self._tables: OrderedDict[int, NDArray[np.void]] = OrderedDict()
         self._checked: OrderedDict[tuple[int, int], None] = OrderedDict()
         self._cache: OrderedDict[tuple[int, int], NDArray[np.generic]] = OrderedDict()
         self._cached_bytes = 0
-        if on_corrupt == "stop":
+        if on_corrupt == "stop" and not index.store.is_remote:
             check_sizes(index)
 
     def close(self) -> None:
         """Close the open tars."""
-        while self._files:
-            os.close(self._files.popitem()[1])
+        self.index.store.close()
 
     def lengths(self, shard: int) -> NDArray[np.int64]:
         """Token counts of a shard's documents, int64 [num_samples]."""
@@ -75,10 +78,11 @@ class ShardReader:
             self._checked.move_to_end(key)
             return
         offset, size, crc = self._place(shard, sample)
-        content, actual = b"", 0
-        for start in range(0, size, _CHUNK):
-            content = self._pread(shard, sample, offset + start, min(_CHUNK, size - start))
-            actual = zlib.crc32(content, actual)
+        content, actual = self._crc32(shard, sample, offset, size)
+        name = self.index.shards[shard].name
+        if actual != crc and self.index.store.forget(name, offset, size):
+            # Cached wrong, it would stay wrong.
+            content, actual = self._crc32(shard, sample, offset, size)  # wrong, it would stay wrong
         if actual != crc:
             raise self._corrupt(shard, sample, "the tokens are damaged (wrong crc32)")
         self._checked[key] = None
@@ -103,6 +107,14 @@ class ShardReader:
         content = self._pread(shard, sample, offset + start * width, (stop - start) * width)
         return np.frombuffer(content, self._dtype)
 
+    def _crc32(self, shard: int, sample: int, offset: int, size: int) -> tuple[bytes, int]:
+        """The last chunk of a document, and the checksum of all."""
+        content, crc = b"", 0
+        for start in range(0, size, _CHUNK):
+            content = self._pread(shard, sample, offset + start, min(_CHUNK, size - start))
+            crc = zlib.crc32(content, crc)
+        return content, crc
+
     def _place(self, shard: int, sample: int) -> tuple[int, int, int]:
         record = self._table(shard)[sample]
         size = int(record["num_tokens"]) * self._dtype.itemsize
@@ -118,7 +130,7 @@ class ShardReader:
 
     def _pread(self, shard: int, sample: int, offset: int, size: int) -> bytes:
         try:
-            content = os.pread(self._file(shard), size, offset)
+            content = self.index.store.read_range(self.index.shards[shard].name, offset, size)
         except OSError as fault:
             raise self._corrupt(shard, sample, f"cannot be read ({fault.strerror})") from fault
         if len(content) != size:
@@ -126,18 +138,8 @@ class ShardReader:
         return content
 
     def _corrupt(self, shard: int, sample: int, what: str) -> CorruptSampleError:
-        path = self.index.folder / self.index.shards[shard].name
+        path = self.index.store.place(self.index.shards[shard].name)
         return CorruptSampleError(what, file=path, sample=sample, remedy=_REMEDY)
-
-    def _file(self, shard: int) -> int:
-        descriptor = self._files.get(shard)
-        if descriptor is None:
-            if len(self._files) >= _MAX_FILES:
-                os.close(self._files.popitem(last=False)[1])
-            descriptor = os.open(self.index.folder / self.index.shards[shard].name, os.O_RDONLY)
-            self._files[shard] = descriptor
-        self._files.move_to_end(shard)
-        return descriptor
 
     def _table(self, shard: int) -> NDArray[np.void]:
         table = self._tables.get(shard)
@@ -155,40 +157,52 @@ def check_sizes(index: ShardIndex) -> None:
     Raises:
         DataError: Naming the first shard that is not.
     """
-    for shard in index.shards:
-        _check_size(index.folder / shard.name, shard.size)
+    if not index.store.is_remote:
+        for shard in index.shards:
+            _check_size(index.store, shard)
+        return
+    with ThreadPoolExecutor(_QUESTIONS) as pool:
+        for _ in pool.map(lambda shard: _check_size(index.store, shard), index.shards):
+            pass
 
 
-def _check_size(path: Path, size: int) -> None:
+def _check_size(store: Store, shard: ShardInfo) -> None:
+    path = store.place(shard.name)
     try:
-        actual = path.stat().st_size
+        actual = store.size(shard.name)
     except FileNotFoundError as fault:
         raise DataError("the shard is missing", file=path, remedy=_REMEDY) from fault
-    if actual != size:
+    if actual != shard.size:
         raise DataError(
-            f"the shard has {actual} bytes, the index says {size}", file=path, remedy=_REMEDY
+            f"the shard has {actual} bytes, the index says {shard.size}", file=path, remedy=_REMEDY
         )
 
 
-def verify(folder: Path, progress: Callable[[int, int], None] | None = None) -> ShardIndex:
-    """Check every byte of a data set against the hashes of its index.
+def verify(folder: Path | str, progress: Callable[[int, int], None] | None = None) -> ShardIndex:
+    """Check every byte of a data set against the hashes of its index; no cache is believed.
 
     Args:
-        folder: The data set.
+        folder: The data set, as for ``load_index``.
         progress: Called with (bytes done, bytes in all) after each shard.
 
     Raises:
         DataError: Naming the first file that differs.
     """
-    index = load_index(folder)
+    with tempfile.TemporaryDirectory() as scratch:
+        return _verify(load_index(folder, CacheConfig(path=scratch)), progress)
+
+
+def _verify(index: ShardIndex, progress: Callable[[int, int], None] | None) -> ShardIndex:
     index.load_tokenizer()
     total, done = sum(shard.size for shard in index.shards), 0
-    for number in range(len(index.shards)):
+    for number, info in enumerate(index.shards):
         load_table(index, number)
-        info = index.shards[number]
-        path = folder / info.name
-        _check_size(path, info.size)
-        if sha256_file(path) != info.sha256:
+        _check_size(index.store, info)
+        digest = hashlib.sha256()
+        for chunk in index.store.stream(info.name, info.size):
+            digest.update(chunk)
+        if digest.hexdigest() != info.sha256:
+            path = index.store.place(info.name)
             raise DataError("the shard is damaged (wrong sha256)", file=path, remedy=_REMEDY)
         done += info.size
         if progress is not None:

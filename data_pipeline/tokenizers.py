@@ -24,6 +24,7 @@ from haloformer.data_pipeline.files import write_atomic
 
 SPECIAL_NAMES = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")
 _RECORD = "tokenizer_kind.json"
+TOKENIZER_FILES = (_RECORD, "vocab.json", "merges.txt")  # the last two of BPE only
 _NUM_BYTES = 256
 # Encoding keeps about 100 bytes per token; long documents go through in pieces of this size.
 _PIECE_CHARACTERS = 1 << 18

@@ -45,8 +45,8 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     )
     parser.add_argument("run_id", metavar="RUN_ID|latest")
     parser.add_argument(
-        "--data", type=Path, required=True, metavar="DIR",
-        help="pairs made by prepare, not trained on",
+        "--data", required=True, metavar="DIR",
+        help="pairs made by prepare, not trained on; a path, http(s):// or s3://",
     )  # fmt: skip
     parser.add_argument("--json", type=Path, metavar="FILE", help="write scores and answers there")
     parser.add_argument("--beams", type=int, default=1, help="hypotheses; 1 is greedy (default)")
@@ -112,7 +112,7 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _open_pairs(folder: Path, data: DataConfig, trained: TrainedModel) -> PairEvalStream:
+def _open_pairs(folder: str, data: DataConfig, trained: TrainedModel) -> PairEvalStream:
     """The pairs, cut as in training.
 
     Raises:

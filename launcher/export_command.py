@@ -32,7 +32,7 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
 
 def add_run_options(parser: argparse.ArgumentParser) -> None:
     """Options of every command that loads the model of a run."""
-    parser.add_argument("--data", type=Path, help="where the run's training data is, if it moved")
+    parser.add_argument("--data", help="where the run's training data is, if it moved")
     parser.add_argument(
         "--experiment", help="where to look for the latest run (default: haloformer)"
     )

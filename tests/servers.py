@@ -1,0 +1,116 @@
+"""Real servers on loopback for tests: files over HTTP with ranges, and an S3 of moto's."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import threading
+from collections import deque
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import boto3
+from moto.server import ThreadedMotoServer
+
+_RANGE = re.compile(r"bytes=(\d+)-(\d+)")
+
+
+class FileServer:
+    """Serves a folder, notes every request, and fails as it is told.
+
+    Attributes:
+        requests: (method, name, range or None), in order.
+        faults: What the next requests get instead of an answer: a status, or ``drop`` (half of
+            the bytes, then the connection is cut).
+    """
+
+    def __init__(self, folder: Path, takes_ranges: bool = True) -> None:
+        self.folder, self.takes_ranges = folder, takes_ranges
+        self.requests: list[tuple[str, str, str | None]] = []
+        self.faults: deque[int | str] = deque()
+        self._closed = False
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
+        self._server.daemon_threads = True
+        self._thread = threading.Thread(target=self._server.serve_forever, daemon=True)
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self._server.server_port}"
+
+    def __enter__(self) -> FileServer:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *reason: object) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+        self._closed = True
+        self._thread.join()
+
+    def ranges_of(self, suffix: str) -> list[tuple[str, str]]:
+        """Names and ranges asked of files with this ending."""
+        return [(name, part) for _, name, part in self.requests if name.endswith(suffix) and part]
+
+    def _handler(self) -> type[BaseHTTPRequestHandler]:
+        server = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def log_message(self, *arguments: object) -> None:
+                pass
+
+            def do_HEAD(self) -> None:
+                self.answer(with_body=False)
+
+            def do_GET(self) -> None:
+                self.answer(with_body=True)
+
+            def answer(self, with_body: bool) -> None:
+                if server._closed:  # a connection that was kept open
+                    self.close_connection = True
+                    return
+                asked = self.headers["Range"]
+                server.requests.append((self.command, self.path, asked))
+                fault = server.faults.popleft() if server.faults else None
+                path = server.folder / self.path.lstrip("/")
+                status = fault if isinstance(fault, int) else 200 if path.is_file() else 404
+                content = path.read_bytes() if status == 200 else b""
+                match = _RANGE.fullmatch(asked or "") if server.takes_ranges else None
+                size = len(content)
+                if match and status == 200:
+                    first, last = int(match[1]), min(int(match[2]), size - 1)
+                    status = 206 if first < size else 416
+                    content = content[first : last + 1]
+                self.send_response(status)
+                self.send_header("Content-Length", str(len(content)))
+                if status == 206:
+                    self.send_header("Content-Range", f"bytes {first}-{last}/{size}")
+                self.end_headers()
+                if fault == "drop":
+                    self.wfile.write(content[: len(content) // 2])
+                    self.close_connection = True
+                elif with_body:
+                    self.wfile.write(content)
+
+        return Handler
+
+
+@contextlib.contextmanager
+def s3_server(bucket: str) -> Iterator[str]:
+    """An S3 with one bucket; gives its address."""
+    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    server.start()
+    try:
+        host, port = server.get_host_and_port()
+        url = f"http://{host}:{port}"
+        client = boto3.client(
+            "s3", endpoint_url=url, region_name="us-east-1",
+            aws_access_key_id="test", aws_secret_access_key="test",
+        )  # fmt: skip
+        client.create_bucket(Bucket=bucket)
+        client.close()
+        yield url
+    finally:
+        server.stop()
