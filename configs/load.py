@@ -98,11 +98,12 @@ def check_world(config: TrainConfig, world_size: int) -> int:
             f"--ranks {world_size} is not a multiple of parallel.context {parallel.context} x "
             f"parallel.tensor {parallel.tensor} = {model_ranks}; use --ranks {model_ranks}"
         )
-    if parallel.context > config.data.seq_len:
-        faults.append(
-            f"parallel.context {parallel.context} is more than data.seq_len "
-            f"{config.data.seq_len}: every rank needs at least one row; lower parallel.context"
-        )
+    for name, length in _lengths(config):
+        if parallel.context > length:
+            faults.append(
+                f"parallel.context {parallel.context} is more than data.{name} {length}: every "
+                "rank needs at least one row; lower parallel.context"
+            )
     data = max(world_size // model_ranks, 1)
     if batch.global_batch % (batch.micro_batch * data):
         faults.append(
@@ -132,22 +133,25 @@ def _split_faults(config: TrainConfig) -> list[str]:
     ]
 
 
+def _lengths(config: TrainConfig) -> list[tuple[str, int]]:
+    """Every sequence length of the run, by its key in the data section."""
+    stages = enumerate(config.data.stages)
+    staged = [(f"stages[{number}].seq_len", stage.seq_len) for number, stage in stages]
+    return [*staged, ("seq_len", config.data.seq_len)]
+
+
 def _position_faults(config: TrainConfig) -> list[str]:
     """Sequences, padded for the context ranks, that are longer than the model's positions."""
     model, data, context = config.model, config.data, config.parallel.context
     if isinstance(model, LedConfig):
-        assert data.target_len is not None, "checked with the recipe"
-        lengths = [
-            ("data.seq_len", data.seq_len, "max_source_positions", model.max_source_positions),
-            (
-                "data.target_len",
-                data.target_len,
-                "max_target_positions",
-                model.max_target_positions,
-            ),
-        ]
+        longest = ("max_source_positions", model.max_source_positions)
     else:
-        lengths = [("seq_len", data.seq_len, "max_positions", model.max_positions)]
+        longest = ("max_positions", model.max_positions)
+    lengths = [(name, length, *longest) for name, length in _lengths(config)]
+    if isinstance(model, LedConfig):
+        assert data.target_len is not None, "checked with the recipe"
+        target = ("max_target_positions", model.max_target_positions)
+        lengths.append(("target_len", data.target_len, *target))
     faults = []
     for name, length, limit_name, limit in lengths:
         padded = -(-length // context) * context
@@ -181,11 +185,7 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
 
 
 def _describe(fault: Any) -> str:
-    # Below ``model`` pydantic names the kind as well, which is no key of the recipe.
-    parts = [part for part in fault["loc"] if isinstance(part, str)]
-    location = ".".join(
-        parts[:1] + parts[2:] if parts[1:2] and parts[1] in MODEL_CONFIGS else parts
-    )
+    location = _location(fault["loc"])
     if fault["type"] == "extra_forbidden":
         near = difflib.get_close_matches(str(fault["loc"][-1]), _keys_at(fault["loc"][:-1]), n=1)
         hint = f" ({near[0]}?)" if near else ""
@@ -197,6 +197,17 @@ def _describe(fault: Any) -> str:
     message = str(fault["msg"]).removeprefix("Value error, ")
     shown = "" if fault["type"] == "value_error" else f" (got {fault['input']!r})"
     return f"{location}: {message}{shown}" if location else f"{message}{shown}"
+
+
+def _location(loc: tuple[str | int, ...]) -> str:
+    """A key as it stands in a recipe, such as data.stages[1].seq_len."""
+    # Where a section has several forms (model, data.train) pydantic names the form as well.
+    if loc[:1] == ("model",) and loc[1:2] and loc[1] in MODEL_CONFIGS:
+        loc = loc[:1] + loc[2:]
+    elif loc[:2] == ("data", "train"):
+        loc = loc[:2] + loc[3:]
+    parts = (f"[{part}]" if isinstance(part, int) else f".{part}" for part in loc)
+    return "".join(parts).removeprefix(".")
 
 
 def _keys_at(location: Sequence[Any]) -> list[str]:

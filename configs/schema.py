@@ -5,9 +5,9 @@ Sizes are in tokens, rows or bytes as named; windows are two-sided (Longformer s
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Discriminator, Field, Tag, model_validator
 
 from haloformer.configs.models import (
     AnyModelConfig,
@@ -22,6 +22,12 @@ from haloformer.configs.models import (
 # The models are a part of the schema: whoever needs a section need not know its file.
 __all__ = ["AnyModelConfig", "CharLmConfig", "LedConfig", "ModelConfig", "TrainConfig"]
 
+SeqLen = Annotated[int, Field(ge=8)]
+
+
+def _kind_of_train(value: Any) -> str:
+    return "path" if isinstance(value, str) else "corpora"
+
 
 class CacheConfig(Section):
     """Blocks of remote data on this host's disk; all ranks of a host share them.
@@ -33,16 +39,43 @@ class CacheConfig(Section):
     limit_mib: Annotated[int, Field(ge=64)] = 10240
 
 
+class CorpusConfig(Section):
+    """One of several training sets, and its share of the sequences among all weights."""
+
+    path: str
+    weight: Annotated[float, Field(gt=0.0)]
+
+
+class StageConfig(Section):
+    """So many steps of shorter (or longer) sequences before those of ``data.seq_len``."""
+
+    steps: PositiveInt
+    seq_len: SeqLen
+
+
 class DataConfig(Section):
     """What is read, and how tokens become training sequences.
 
     For pairs (led) ``seq_len`` and ``target_len`` are the most tokens of source and target, with
     <s> and </s>; longer ones are cut, and the trainer counts them.
+
+    ``train`` is one data set or several with weights. ``stages`` come before ``seq_len``, which
+    holds for the rest of the run and for evaluation:
+
+        stages: [{steps: 100, seq_len: 512}, {steps: 50, seq_len: 1024}]      seq_len: 4096
+        step    0 .. 99: 512                 100 .. 149: 1024                 150 ..: 4096
+
+    ``prefetch`` batches are made ahead, in the background, each by ``workers`` threads; neither
+    changes a batch.
     """
 
-    train: str
+    train: Annotated[
+        Annotated[str, Tag("path")] | Annotated[tuple[CorpusConfig, ...], Tag("corpora")],
+        Discriminator(_kind_of_train),
+    ]
     eval: str
-    seq_len: Annotated[int, Field(ge=8)]
+    seq_len: SeqLen
+    stages: tuple[StageConfig, ...] = ()
     target_len: Annotated[int, Field(ge=3)] | None = None
     shuffle_block: PositiveInt = 1
     isolate_documents: bool = False
@@ -50,6 +83,30 @@ class DataConfig(Section):
     mask_probability: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.15
     on_corrupt: Literal["stop", "skip"] = "stop"
     cache: CacheConfig = CacheConfig()
+    prefetch: Annotated[int, Field(ge=0)] = 2
+    workers: PositiveInt = 1
+
+    @property
+    def corpora(self) -> tuple[CorpusConfig, ...]:
+        """The training sets; a single one has weight 1."""
+        if isinstance(self.train, str):
+            return (CorpusConfig(path=self.train, weight=1.0),)
+        return self.train
+
+    def seq_len_at(self, step: int) -> int:
+        """The sequence length of a step, counted from 0."""
+        first = 0
+        for stage in self.stages:
+            first += stage.steps
+            if step < first:
+                return stage.seq_len
+        return self.seq_len
+
+    @model_validator(mode="after")
+    def _check_corpora(self) -> DataConfig:
+        if not self.corpora:
+            raise ValueError("train names no corpus; give a folder, or a list of path and weight")
+        return self
 
 
 class BatchConfig(Section):
@@ -74,12 +131,17 @@ class OptimConfig(Section):
 
 
 class ParallelConfig(Section):
-    """How ranks share the work: context (sequence) x tensor, the rest is data parallel."""
+    """How ranks share the work: context (sequence) x tensor, the rest is data parallel.
+
+    ``collective_timeout``: seconds after which a rank that waits for others in a collective gives
+    up. A peer that died or a host that does not answer is noticed long before, by the launcher.
+    """
 
     context: PositiveInt = 1
     tensor: PositiveInt = 1
     zero_stage: Annotated[int, Field(ge=0, le=3)] = 1
     precision: Literal["fp32", "bf16"] = "fp32"
+    collective_timeout: Annotated[float, Field(ge=10.0)] = 600.0
 
     @model_validator(mode="after")
     def _check(self) -> ParallelConfig:
@@ -92,11 +154,15 @@ class ParallelConfig(Section):
 
 
 class CheckpointConfig(Section):
-    """When a checkpoint is written and which ones stay."""
+    """When a checkpoint is written and which ones stay.
+
+    ``patience``: seconds for which the last checkpoint of a run is tried again when it fails.
+    """
 
     every: PositiveInt
     keep_last: PositiveInt = 2
     keep_every: PositiveInt | None = None
+    patience: Annotated[float, Field(ge=0.0)] = 600.0
 
 
 class EvalConfig(Section):
@@ -141,6 +207,12 @@ class TrainConfig(Section):
                 faults.append("data.isolate_documents is for packed text; a led reads pairs")
         elif data.target_len is not None:
             faults.append(f"data.target_len is for pairs; a {kind} reads text, remove it")
+        staged = sum(stage.steps for stage in data.stages)
+        if data.stages and staged >= self.steps:
+            faults.append(
+                f"data.stages take {staged} steps and steps is {self.steps}, so data.seq_len "
+                "would never be trained; raise steps or shorten the stages"
+            )
         if faults:
             raise ValueError("; ".join(faults))
         return self

@@ -62,27 +62,32 @@ class Batch:
 
 @dataclass(frozen=True, slots=True)
 class RowMaker:
-    """Turns layouts into rows. ``width`` counts slots, padding included."""
+    """Turns layouts into rows, padded to a multiple of ``pad_multiple``."""
 
     reader: ShardReader
     specials: Specials
     labeller: Masker | NextToken
-    width: int
+    pad_multiple: int
     has_globals: bool
 
-    def make(self, layout: Layout, key: MaskKey) -> Row:
+    def width(self, seq_len: int) -> int:
+        """Slots of a row, padding included."""
+        return -(-seq_len // self.pad_multiple) * self.pad_multiple
+
+    def make(self, layout: Layout, key: MaskKey, seq_len: int) -> Row:
         """Read and label one sequence."""
-        ids, segments = fill(layout, self.reader, self.specials, self.width)
+        ids, segments = fill(layout, self.reader, self.specials, self.width(seq_len))
         inputs, labels = self.labeller(ids, key)
         spans = tuple(span for _, span in layout.spans)
         return Row(inputs, labels, segments, layout.bos if self.has_globals else [], spans)
 
-    def padding(self) -> Row:
+    def padding(self, seq_len: int) -> Row:
         """A row without text, for a rank that has no sequence left while others do."""
+        width = self.width(seq_len)
         return Row(
-            np.full(self.width, self.specials.pad, np.int64),
-            np.full(self.width, IGNORED, np.int64),
-            np.full(self.width, NO_SEGMENT, np.int32),
+            np.full(width, self.specials.pad, np.int64),
+            np.full(width, IGNORED, np.int64),
+            np.full(width, NO_SEGMENT, np.int32),
             [],
             (),
         )

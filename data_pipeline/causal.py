@@ -19,11 +19,13 @@ class NextToken:
     """Labels sequences; it takes the place of ``Masker`` and masks nothing.
 
     Args:
+        vocab_size: Number of ids.
         specials: Ids that are never targets.
     """
 
-    def __init__(self, specials: Specials) -> None:
-        self._specials = np.asarray(specials)
+    def __init__(self, vocab_size: int, specials: Specials) -> None:
+        self._label_of = np.arange(vocab_size)
+        self._label_of[np.asarray(specials)] = IGNORED
 
     def __call__(
         self, ids: NDArray[np.int64], key: MaskKey
@@ -37,7 +39,7 @@ class NextToken:
         Returns:
             Inputs, which are the ids, and labels, both int64 [N]; -100 where there is no target.
         """
-        labels = np.full_like(ids, IGNORED)
-        following = ids[1:]
-        labels[:-1] = np.where(np.isin(following, self._specials), IGNORED, following)
+        labels = np.empty_like(ids)
+        labels[:-1] = self._label_of[ids[1:]]
+        labels[-1] = IGNORED
         return ids, labels

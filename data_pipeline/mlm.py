@@ -68,13 +68,16 @@ class Masker:
         # Raw words, not Generator methods: NumPy keeps only the former stable over versions.
         bits = generator.random_raw(2 * len(ids)).reshape(2, -1)
         text = self._is_ordinary[ids]
-        chance = np.where(text, bits[0], np.iinfo(np.uint64).max)
-        chosen = text & (chance < self._threshold)
-        if text.any() and not chosen.any():
-            chosen[np.argmin(chance)] = True
-        action = (bits[1] >> np.uint64(32)).astype(np.float64) / 2.0**32
-        drawn = (bits[1] & np.uint64(0xFFFFFFFF)) * np.uint64(len(self._ordinary))
+        chosen = text & (bits[0] < self._threshold)
+        at = np.flatnonzero(chosen)
+        if not len(at) and text.any():
+            at = np.argmin(np.where(text, bits[0], np.iinfo(np.uint64).max), keepdims=True)
+        # Only targets are looked at from here on, one token in seven.
+        words, targets = bits[1, at], ids[at]
+        action = (words >> np.uint64(32)).astype(np.float64) / 2.0**32
+        drawn = (words & np.uint64(0xFFFFFFFF)) * np.uint64(len(self._ordinary))
         random = self._ordinary[(drawn >> np.uint64(32)).astype(np.int64)]
-        inputs = np.where(chosen & (action < 0.8), self._mask, ids)
-        inputs = np.where(chosen & (action >= 0.9), random, inputs)
-        return inputs, np.where(chosen, ids, IGNORED)
+        inputs, labels = ids.copy(), np.full_like(ids, IGNORED)
+        inputs[at] = np.where(action < 0.8, self._mask, np.where(action < 0.9, targets, random))
+        labels[at] = targets
+        return inputs, labels

@@ -109,14 +109,16 @@ def fill(
         Token ids int64 [width] and segment numbers int32 [width] (-1 on padding). A segment begins
         at each <s>.
     """
-    ids = np.full(width, specials.pad, np.int64)
-    ids[layout.bos] = specials.bos
-    ids[layout.eos] = specials.eos
+    ids = np.empty(width, np.int64)
     for slot, span in layout.spans:
         tokens = reader.read(span.shard, span.sample, span.start, span.stop)
         ids[slot : slot + len(tokens)] = tokens
-    begins = np.zeros(width, np.int32)
-    begins[layout.bos] = 1
-    segments = np.cumsum(begins, dtype=np.int32) - np.int32(1)
+    ids[layout.bos] = specials.bos
+    ids[layout.eos] = specials.eos
+    ids[layout.num_used :] = specials.pad
+    segments = np.empty(width, np.int32)
+    stops = [*layout.bos[1:], layout.num_used]
+    for number, (start, stop) in enumerate(zip(layout.bos, stops, strict=True)):
+        segments[start:stop] = number
     segments[layout.num_used :] = NO_SEGMENT
     return ids, segments

@@ -90,7 +90,6 @@ class PairMaker:
     Attributes:
         reader: Where the tokens are.
         specials: Ids of <s>, </s> and <pad>.
-        seq_len: Most source tokens, <s> and </s> included.
         target_len: Most target tokens, <s> and </s> included.
         pad_multiple: Rows are padded to a multiple of it (the context-parallel size).
         has_globals: Whether <s> of the source is global.
@@ -98,19 +97,22 @@ class PairMaker:
 
     reader: ShardReader
     specials: Specials
-    seq_len: int
     target_len: int
     pad_multiple: int
     has_globals: bool
 
-    def make(self, key: PairKey) -> PairRow:
+    def make(self, key: PairKey, seq_len: int) -> PairRow:
         """Read one pair.
+
+        Args:
+            key: Which one.
+            seq_len: Most source tokens, <s> and </s> included.
 
         Raises:
             CorruptSampleError: If its bytes are not the ones that were written.
         """
         num_source, num_tokens = self.reader.pair_lengths(key.shard, key.sample)
-        source, source_cut = self._text(key, 0, num_source, self.seq_len)
+        source, source_cut = self._text(key, 0, num_source, seq_len)
         target, target_cut = self._text(key, num_source, num_tokens, self.target_len)
         return PairRow(source, target, (source_cut, target_cut), key)
 

@@ -7,7 +7,8 @@ line feeds slot k % global_batch; data-parallel rank r of R makes the slots with
                                  step 0:  c a e b       step 1:  d b d a      step 2: ...
     slot                                  0 1 2 3                0 1 2 3
 
-No pair is left out and none is read twice in an epoch, whatever the batch.
+No pair is left out and none is read twice in an epoch, whatever the batch. Several corpora have a
+line each: a slot takes the next pair of the line that feeds it (see ``blend``).
 """
 
 from __future__ import annotations
@@ -15,10 +16,20 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from haloformer.configs.schema import DataConfig
+from haloformer.data_pipeline.blend import (
+    Blend,
+    Corpora,
+    Facts,
+    as_corpora,
+    facts_of,
+    identity_of,
+    open_corpora,
+)
 from haloformer.data_pipeline.errors import CorruptSampleError, DataError
 from haloformer.data_pipeline.index import ShardIndex, load_index
 from haloformer.data_pipeline.order import EpochOrder
@@ -26,34 +37,31 @@ from haloformer.data_pipeline.pairs import PairBatch, PairKey, PairMaker, PairRo
 from haloformer.data_pipeline.reader import ShardReader
 from haloformer.data_pipeline.stream import slots_of_rank
 from haloformer.data_pipeline.tokenizers import Tokenizer
+from haloformer.data_pipeline.workers import Workers
 
 _MAX_EPOCHS = 8  # orders kept in memory; a batch lies in one or two epochs, a huge one in more
 
 
-class _PairSide:
-    """What training and evaluation share: the data set, this rank's slots, orders and rows."""
+class _Pairs:
+    """One corpus as one thread reads it: its files, and the orders of its epochs."""
 
     def __init__(
         self,
-        data_dir: Path,
+        index: ShardIndex,
         config: DataConfig,
         *,
-        slots: range,
         pad_multiple: int,
         seed: int,
         shuffle: bool,
     ) -> None:
         assert config.target_len is not None, "checked with the recipe"
-        self.index: ShardIndex = load_index(data_dir)
-        self.index.check_content("pairs")
-        self.tokenizer: Tokenizer = self.index.load_tokenizer()
-        self.reader = ShardReader(self.index, config.on_corrupt)
-        self.config, self.slots = config, slots
+        self.index, self.config = index, config
+        self.tokenizer: Tokenizer = index.load_tokenizer()
+        self.reader = ShardReader(index, config.on_corrupt)
         self.num_skipped = 0
         self.maker = PairMaker(
             self.reader,
             self.tokenizer.specials,
-            seq_len=config.seq_len,
             target_len=config.target_len,
             pad_multiple=pad_multiple,
             has_globals=config.global_tokens == "first",
@@ -61,12 +69,12 @@ class _PairSide:
         self._seed, self._shuffle = seed, shuffle
         self._orders: OrderedDict[int, EpochOrder] = OrderedDict()
 
-    def row(self, epoch: int, position: int) -> PairRow:
+    def row(self, epoch: int, position: int, seq_len: int) -> PairRow:
         """The pair at a position of an epoch; a damaged one is padding where that is allowed."""
         shards, samples = self._order(epoch).documents(position, 1)
         key = PairKey(epoch, int(shards[0]), int(samples[0]))
         try:
-            return self.maker.make(key)
+            return self.maker.make(key, seq_len)
         except CorruptSampleError:
             if self.config.on_corrupt == "stop":
                 raise
@@ -91,11 +99,24 @@ class _PairSide:
         return order
 
 
+class _Line(NamedTuple):
+    """Where the run stands in the line of one corpus: its next pair."""
+
+    epoch: int
+    position: int
+
+    def after(self, num_pairs: int) -> _Line:
+        """Behind that pair, in epochs of ``num_pairs``."""
+        last = self.position + 1 == num_pairs
+        return _Line(self.epoch + 1, 0) if last else _Line(self.epoch, self.position + 1)
+
+
 class PairTrainStream:
     """This rank's part of every global batch of pairs, for ever.
 
     Args:
-        data_dir: A folder of pairs made by ``prepare`` (its ``train``).
+        data: A folder of pairs made by ``prepare`` (its ``train``), a path or URL; or several with
+            weights.
         config: The recipe's data section, with ``target_len``.
         seed: Seed of the run: the order.
         global_batch: Pairs per optimizer step, over all ranks.
@@ -105,13 +126,14 @@ class PairTrainStream:
             size).
 
     Raises:
-        DataError: If the data set is damaged, or holds no pairs.
+        DataError: If a data set is damaged, holds no pairs, or was made with another tokenizer than
+            the others.
         ValueError: If the ranks do not divide the batch.
     """
 
     def __init__(
         self,
-        data_dir: Path,
+        data: Corpora,
         config: DataConfig,
         *,
         seed: int,
@@ -120,27 +142,42 @@ class PairTrainStream:
         data_world: int,
         pad_multiple: int = 1,
     ) -> None:
-        slots = slots_of_rank(global_batch, data_rank, data_world)
-        self._side = _PairSide(
-            data_dir, config, slots=slots, pad_multiple=pad_multiple, seed=seed, shuffle=True
-        )
-        self._seed, self._global_batch = seed, global_batch
-        self._epoch = self._position = 0
+        self._slots = slots_of_rank(global_batch, data_rank, data_world)
+        self._workers = Workers(config.workers, self._slots)
+        corpora = as_corpora(data)
+        self._blend = Blend([corpus.weight for corpus in corpora], seed)
+        self._config, self._seed, self._global_batch = config, seed, global_batch
+        self._opened: dict[int, list[_Pairs]] = {}  # of each slot's worker, one per corpus
+        for worker in range(self._workers.num_workers):
+            indexes = open_corpora(corpora, "pairs", config.cache)
+            opened = [
+                _Pairs(index, config, pad_multiple=pad_multiple, seed=seed, shuffle=True)
+                for index in indexes
+            ]
+            self._opened |= dict.fromkeys(self._workers.slots_of(worker), opened)
+        self._facts = facts_of(corpora, indexes)
+        self._data_sha256 = identity_of(corpora, indexes)
+        self._num_pairs = [index.num_samples for index in indexes]
+        self._lines = [_Line(0, 0)] * len(indexes)
 
     @property
-    def index(self) -> ShardIndex:
-        """What is known about the data set."""
-        return self._side.index
+    def facts(self) -> Facts:
+        """What is known about the data."""
+        return self._facts
 
     @property
     def tokenizer(self) -> Tokenizer:
-        """The data set's own tokenizer."""
-        return self._side.tokenizer
+        """The data's own tokenizer."""
+        return self._opened[self._slots[0]][0].tokenizer
 
     @property
     def num_skipped(self) -> int:
         """Damaged pairs of this rank that were replaced by padding since it was built."""
-        return self._side.num_skipped
+        return sum(pairs.num_skipped for pairs in self._corpora_of_workers())
+
+    def _corpora_of_workers(self) -> Iterator[_Pairs]:
+        for worker in range(self._workers.num_workers):
+            yield from self._opened[self._workers.slots_of(worker)[0]]
 
     def next_batch(self) -> PairBatch:
         """This rank's pairs of the next optimizer step, slots ascending.
@@ -148,47 +185,65 @@ class PairTrainStream:
         Raises:
             CorruptSampleError: If a pair is damaged and ``on_corrupt`` is ``stop``.
         """
-        rows = [self._side.row(*self._place(slot)) for slot in self._side.slots]
-        self._epoch, self._position = self._place(self._global_batch)
-        return self._side.maker.stack(rows, self._side.slots)
+        step = self._step(self._lines)
+        seq_len = self._config.seq_len_at(step)
+        lines, places = list(self._lines), []
+        for slot in range(self._global_batch):
+            corpus = self._blend.corpus(step, slot)
+            places.append((corpus, lines[corpus]))
+            lines[corpus] = lines[corpus].after(self._num_pairs[corpus])
 
-    def _place(self, ahead: int) -> tuple[int, int]:
-        """Epoch and position of the pair that many after the next."""
-        epochs, position = divmod(self._position + ahead, self.index.num_samples)
-        return self._epoch + epochs, position
+        def row(slot: int) -> PairRow:
+            corpus, line = places[slot]
+            return self._opened[slot][corpus].row(*line, seq_len)
+
+        rows = self._workers.map(row)
+        self._lines = lines
+        return self._opened[self._slots[0]][0].maker.stack(rows, self._slots)
+
+    def _step(self, lines: Sequence[_Line]) -> int:
+        """Steps made: a global batch of pairs each."""
+        counted = zip(lines, self._num_pairs, strict=True)
+        return sum(line.epoch * num + line.position for line, num in counted) // self._global_batch
 
     def state_dict(self) -> dict[str, list[int]]:
-        """Epoch and position of the next pair: the state of the run, the same on every rank."""
-        return {"pairs": [self._epoch, self._position]}
+        """Epoch and position of the next pair of each corpus, the same on every rank."""
+        return {"pairs": [part for line in self._lines for part in line]}
 
     def load_state(self, state: Mapping[str, Sequence[int]]) -> None:
         """Continue from a state, at any number of ranks.
 
         Raises:
-            DataError: If it is not one of this data set; nothing is changed then.
+            DataError: If it is not one of this data; nothing is changed then.
         """
-        place = list(state["pairs"]) if set(state) == {"pairs"} else []
-        whole = len(place) == 2 and all(type(part) is int and part >= 0 for part in place)
-        if not whole or place[1] >= self.index.num_samples:
+        parts = list(state["pairs"]) if set(state) == {"pairs"} else []
+        whole = len(parts) == 2 * len(self._lines)
+        whole = whole and all(type(part) is int and part >= 0 for part in parts)
+        lines = [_Line(*parts[at : at + 2]) for at in range(0, len(parts), 2)] if whole else []
+        sizes = self._num_pairs
+        if not whole or any(line.position >= n for line, n in zip(lines, sizes, strict=True)):
             raise DataError(
-                f"the state {dict(state)} is no epoch and position below {self.index.num_samples}",
-                file=self.index.folder,
+                f"the state {dict(state)} is no epoch and position below "
+                f"{' and '.join(map(str, sizes))}",
+                file=self._facts.place,
                 remedy="resume with the data of the run",
             )
-        self._epoch, self._position = place
+        self._lines = lines
 
     def identity(self) -> dict[str, str | int]:
         """What a state belongs to: equal identities mean that states can be exchanged."""
         return {
-            "data_sha256": self.index.sha256,
+            "data_sha256": self._data_sha256,
             "seed": self._seed,
             "global_batch": self._global_batch,
-            "shuffle_block": self._side.config.shuffle_block,
+            "shuffle_block": self._config.shuffle_block,
         }
 
     def close(self) -> None:
-        """Close the open shards."""
-        self._side.reader.close()
+        """End the workers and close the open shards."""
+        self._workers.close()
+        for pairs in self._corpora_of_workers():
+            pairs.reader.close()
 
 
 class PairEvalStream:
@@ -214,7 +269,7 @@ class PairEvalStream:
 
     def __init__(
         self,
-        data_dir: Path,
+        data_dir: Path | str,
         config: DataConfig,
         *,
         global_batch: int,
@@ -224,46 +279,49 @@ class PairEvalStream:
         pad_multiple: int = 1,
         tokenizer_sha256: str | None = None,
     ) -> None:
-        slots = slots_of_rank(global_batch, data_rank, data_world)
-        self._side = _PairSide(
-            data_dir, config, slots=slots, pad_multiple=pad_multiple, seed=0, shuffle=False
-        )
+        self._slots = slots_of_rank(global_batch, data_rank, data_world)
         self._global_batch, self._num_batches = global_batch, num_batches
+        index = load_index(data_dir, config.cache)
+        index.check_content("pairs")
         if tokenizer_sha256 is not None:
-            self.index.check_tokenizer(tokenizer_sha256, "the training data")
+            index.check_tokenizer(tokenizer_sha256, "the training data")
+        self._pairs = _Pairs(index, config, pad_multiple=pad_multiple, seed=0, shuffle=False)
 
     @property
     def index(self) -> ShardIndex:
         """What is known about the data set."""
-        return self._side.index
+        return self._pairs.index
 
     @property
     def tokenizer(self) -> Tokenizer:
         """The data set's own tokenizer."""
-        return self._side.tokenizer
+        return self._pairs.tokenizer
 
     def __iter__(self) -> Iterator[PairBatch]:
         """One pass."""
-        side, num_pairs = self._side, self.index.num_samples
+        pairs, num_pairs, seq_len = self._pairs, self.index.num_samples, self._pairs.config.seq_len
         num_batches = -(-num_pairs // self._global_batch)
         if self._num_batches is not None:
             num_batches = min(num_batches, self._num_batches)
         for number in range(num_batches):
-            places = [number * self._global_batch + slot for slot in side.slots]
-            rows = [side.row(0, at) if at < num_pairs else side.maker.padding() for at in places]
-            yield side.maker.stack(rows, side.slots)
+            places = [number * self._global_batch + slot for slot in self._slots]
+            rows = [
+                pairs.row(0, at, seq_len) if at < num_pairs else pairs.maker.padding()
+                for at in places
+            ]
+            yield pairs.maker.stack(rows, self._slots)
 
     def texts(self, key: PairKey) -> tuple[str, str]:
         """Source and target of a pair as they were written, not cut."""
-        side = self._side
-        num_source, num_tokens = side.reader.pair_lengths(key.shard, key.sample)
+        pairs = self._pairs
+        num_source, num_tokens = pairs.reader.pair_lengths(key.shard, key.sample)
         parts = ((0, num_source), (num_source, num_tokens))
         source, target = (
-            side.tokenizer.decode(side.reader.read(key.shard, key.sample, *part).tolist())
+            pairs.tokenizer.decode(pairs.reader.read(key.shard, key.sample, *part).tolist())
             for part in parts
         )
         return source, target
 
     def close(self) -> None:
         """Close the open shards."""
-        self._side.reader.close()
+        self._pairs.reader.close()

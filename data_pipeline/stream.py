@@ -14,10 +14,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, NamedTuple
 
 from haloformer.configs.schema import DataConfig
 from haloformer.data_pipeline.batch import Batch, Row, RowMaker, stack
+from haloformer.data_pipeline.blend import (
+    Blend,
+    Corpora,
+    Facts,
+    as_corpora,
+    facts_of,
+    identity_of,
+    open_corpora,
+)
 from haloformer.data_pipeline.causal import NextToken
 from haloformer.data_pipeline.errors import DataError
 from haloformer.data_pipeline.index import ShardIndex, load_index
@@ -26,6 +35,7 @@ from haloformer.data_pipeline.packing import Layout, Take, pack_isolated, pack_j
 from haloformer.data_pipeline.reader import ShardReader
 from haloformer.data_pipeline.tokenizers import Tokenizer
 from haloformer.data_pipeline.walker import Cursor, Epochs, Walker
+from haloformer.data_pipeline.workers import Workers
 
 Labels = Literal["masked", "next"]  # fill in what was masked, or tell what follows
 
@@ -46,60 +56,60 @@ def slots_of_rank(global_batch: int, data_rank: int, data_world: int) -> range:
     return range(data_rank, global_batch, data_world)
 
 
-class _DataSide:
-    """What training and evaluation share: the data set, this rank's slots, rows and batches."""
+class _Documents:
+    """One corpus as one thread reads it: its files, and what becomes of its text."""
 
     def __init__(
-        self,
-        data_dir: Path,
-        config: DataConfig,
-        *,
-        global_batch: int,
-        data_rank: int,
-        data_world: int,
-        pad_multiple: int,
-        labels: Labels,
+        self, index: ShardIndex, config: DataConfig, *, pad_multiple: int, labels: Labels
     ) -> None:
-        self.config = config
-        self.global_batch = global_batch
-        self.slots = slots_of_rank(global_batch, data_rank, data_world)
-        self.index: ShardIndex = load_index(data_dir)
-        self.index.check_content("documents")
-        self.tokenizer: Tokenizer = self.index.load_tokenizer()
-        self.reader = ShardReader(self.index, config.on_corrupt)
+        self.index, self._config = index, config
+        self.tokenizer: Tokenizer = index.load_tokenizer()
+        self.reader = ShardReader(index, config.on_corrupt)
         specials, vocab_size = self.tokenizer.specials, self.tokenizer.vocab_size
         self.rows = RowMaker(
             self.reader,
             specials,
-            NextToken(specials)
+            NextToken(vocab_size, specials)
             if labels == "next"
             else Masker(vocab_size, specials, config.mask_probability),
-            width=-(-config.seq_len // pad_multiple) * pad_multiple,
+            pad_multiple=pad_multiple,
             has_globals=config.global_tokens == "first",
         )
         self._pack: Callable[[Take, int], Layout | None] = (
             pack_isolated if config.isolate_documents else pack_joined
         )
 
-    def layout(self, walker: Walker) -> Layout | None:
-        """The next sequence of a stream, not read yet."""
-        return self._pack(walker.take, self.config.seq_len)
+    def walker(self, epochs: Epochs, stream: int, num_epochs: int | None = None) -> Walker:
+        """One stream of the corpus."""
+        skip = self._config.on_corrupt == "skip"
+        return Walker(epochs, self.reader, stream, skip_corrupt=skip, num_epochs=num_epochs)
 
-    def batch(self, rows: Sequence[Row], slots: Sequence[int]) -> Batch:
-        """Stack this rank's rows."""
-        return stack(
-            rows,
-            slots,
-            num_globals=int(self.config.global_tokens == "first"),
-            isolate=self.config.isolate_documents,
-        )
+    def layout(self, walker: Walker, seq_len: int) -> Layout | None:
+        """The next sequence of a stream, not read yet."""
+        return self._pack(walker.take, seq_len)
+
+
+def _batch(rows: Sequence[Row], slots: Sequence[int], config: DataConfig) -> Batch:
+    return stack(
+        rows,
+        slots,
+        num_globals=int(config.global_tokens == "first"),
+        isolate=config.isolate_documents,
+    )
+
+
+class _Lane(NamedTuple):
+    """One stream of one corpus."""
+
+    documents: _Documents
+    walker: Walker
 
 
 class TrainStream:
     """This rank's part of every global batch, for ever.
 
     Args:
-        data_dir: A folder made by ``prepare`` (its ``train``).
+        data: A folder made by ``prepare`` (its ``train``), a path or URL; or several with weights.
         config: The recipe's data section.
         seed: Seed of the run: order and masks.
         global_batch: Sequences per optimizer step, over all ranks.
@@ -108,7 +118,8 @@ class TrainStream:
         pad_multiple: Rows are padded to a multiple of it (the context-parallel size).
 
     Raises:
-        DataError: If the data set is damaged, or too small for so many streams.
+        DataError: If a data set is damaged, too small for so many streams, or made with another
+            tokenizer than the others.
         ValueError: If the ranks do not divide the batch.
     """
 
@@ -116,7 +127,7 @@ class TrainStream:
 
     def __init__(
         self,
-        data_dir: Path,
+        data: Corpora,
         config: DataConfig,
         *,
         seed: int,
@@ -125,43 +136,48 @@ class TrainStream:
         data_world: int,
         pad_multiple: int = 1,
     ) -> None:
-        self._side = _DataSide(
-            data_dir,
-            config,
-            global_batch=global_batch,
-            data_rank=data_rank,
-            data_world=data_world,
-            pad_multiple=pad_multiple,
-            labels=self.labels,
-        )
-        self._seed = seed
-        reader = self._side.reader
+        self._slots = slots_of_rank(global_batch, data_rank, data_world)
+        self._workers = Workers(config.workers, self._slots)
+        corpora = as_corpora(data)
+        self._blend = Blend([corpus.weight for corpus in corpora], seed)
+        self._config, self._seed, self._global_batch = config, seed, global_batch
+        self._lanes: dict[int, list[_Lane]] = {}  # of each slot, one per corpus
+        self._opened: list[_Documents] = []
+        for worker in range(self._workers.num_workers):
+            indexes = open_corpora(corpora, "documents", config.cache)
+            self._facts = facts_of(corpora, indexes)
+            self._data_sha256 = identity_of(corpora, indexes)
+            for index in indexes:
+                documents = _Documents(index, config, pad_multiple=pad_multiple, labels=self.labels)
+                self._opened.append(documents)
+                self._open_lanes(documents, self._workers.slots_of(worker))
+
+    def _open_lanes(self, documents: _Documents, slots: Sequence[int]) -> None:
         epochs = Epochs(
-            reader,
-            seed=seed,
-            shuffle_block=config.shuffle_block,
-            num_streams=global_batch,
-            streams=self._side.slots,
+            documents.reader,
+            seed=self._seed,
+            shuffle_block=self._config.shuffle_block,
+            num_streams=self._global_batch,
+            streams=slots,
         )
-        skip = config.on_corrupt == "skip"
-        self._walkers = {
-            slot: Walker(epochs, reader, slot, skip_corrupt=skip) for slot in self._side.slots
-        }
+        for slot in slots:
+            lane = _Lane(documents, documents.walker(epochs, slot))
+            self._lanes.setdefault(slot, []).append(lane)
 
     @property
-    def index(self) -> ShardIndex:
-        """What is known about the data set (``bytes_per_token``, ``vocab_size`` ...)."""
-        return self._side.index
+    def facts(self) -> Facts:
+        """What is known about the data (``characters_per_token``, ``vocab_size`` ...)."""
+        return self._facts
 
     @property
     def tokenizer(self) -> Tokenizer:
-        """The data set's own tokenizer."""
-        return self._side.tokenizer
+        """The data's own tokenizer."""
+        return self._opened[0].tokenizer
 
     @property
     def num_skipped(self) -> int:
         """Damaged documents passed over by this rank's streams since it was built."""
-        return sum(walker.num_skipped for walker in self._walkers.values())
+        return sum(lane.walker.num_skipped for lanes in self._lanes.values() for lane in lanes)
 
     def next_batch(self) -> Batch:
         """This rank's sequences of the next optimizer step, slots ascending.
@@ -172,62 +188,91 @@ class TrainStream:
         Raises:
             CorruptSampleError: If a document is damaged and ``on_corrupt`` is ``stop``.
         """
-        rows = []
-        for slot, walker in self._walkers.items():
-            at = walker.cursor
-            layout = self._side.layout(walker)
-            assert layout is not None, "a stream without end has ended"
-            walker.next_sequence()
-            rows.append(
-                self._side.rows.make(layout, MaskKey(self._seed, at.epoch, slot, at.sequence))
-            )
-        return self._side.batch(rows, self._side.slots)
+        return _batch(self._workers.map(self._row), self._slots, self._config)
+
+    def _row(self, slot: int) -> Row:
+        lanes = self._lanes[slot]
+        # A slot makes one sequence in every step, from one of its corpora.
+        step = sum(lane.walker.cursor.sequence for lane in lanes)
+        documents, walker = lanes[self._blend.corpus(step, slot)]
+        key = MaskKey(self._seed, walker.cursor.epoch, slot, step)
+        seq_len = self._config.seq_len_at(step)
+        layout = documents.layout(walker, seq_len)
+        assert layout is not None, "a stream without end has ended"
+        walker.next_sequence()
+        return documents.rows.make(layout, key, seq_len)
 
     def state_dict(self) -> dict[str, list[int]]:
         """Four integers (epoch, position, offset, sequence) for each stream of this rank.
 
-        The union over data-parallel ranks is the state of the run.
+        Of several corpora each has its four, one after the other. The union over data-parallel
+        ranks is the state of the run.
         """
-        return {str(slot): list(walker.cursor) for slot, walker in self._walkers.items()}
+        return {
+            str(slot): [part for lane in lanes for part in lane.walker.cursor]
+            for slot, lanes in self._lanes.items()
+        }
 
     def load_state(self, state: Mapping[str, Sequence[int]]) -> None:
         """Continue from the union of all ranks' states, at any number of ranks.
 
         Raises:
-            DataError: If streams are missing or do not fit this data set and batch; nothing is
+            DataError: If streams are missing or do not fit this data and batch; nothing is
                 changed then.
         """
-        expected = {str(slot) for slot in range(self._side.global_batch)}
-        if set(state) != expected:
+        cursors = self._cursors_of(state)
+        before = {slot: [lane.walker.cursor for lane in self._lanes[slot]] for slot in self._slots}
+        try:
+            self._go_to(cursors)
+        except DataError:
+            self._go_to(before)
+            raise
+
+    def _go_to(self, cursors: Mapping[int, Sequence[Cursor]]) -> None:
+        for slot, lanes in self._lanes.items():
+            for lane, cursor in zip(lanes, cursors[slot], strict=True):
+                lane.walker.cursor = cursor
+
+    def _cursors_of(self, state: Mapping[str, Sequence[int]]) -> dict[int, list[Cursor]]:
+        """Slot -> a cursor of each corpus, of all slots of the run."""
+        if set(state) != {str(slot) for slot in range(self._global_batch)}:
             raise DataError(
-                f"the state holds {len(state)} streams, global_batch {self._side.global_batch} "
-                "needs one for each of its sequences",
-                file=self.index.folder,
+                f"the state holds {len(state)} streams, global_batch {self._global_batch} needs "
+                "one for each of its sequences",
+                file=self._facts.place,
                 remedy="resume with the global_batch of the run, and the states of all its ranks",
             )
-        before = {slot: walker.cursor for slot, walker in self._walkers.items()}
-        try:
-            for slot, walker in self._walkers.items():
-                if len(state[str(slot)]) != len(Cursor._fields):
-                    raise DataError(f"the state of stream {slot} is not four integers")
-                walker.cursor = Cursor(*state[str(slot)])
-        except DataError:
-            for slot, walker in self._walkers.items():
-                walker.cursor = before[slot]
-            raise
+        size = len(Cursor._fields)
+        num_parts = size * len(self._lanes[self._slots[0]])
+        steps = set()
+        for slot, parts in state.items():
+            if len(parts) != num_parts or not all(type(part) is int for part in parts):
+                raise DataError(f"the state of stream {slot} is not {num_parts} integers")
+            steps.add(sum(parts[size - 1 :: size]))
+        if len(steps) > 1:
+            raise DataError(
+                f"the state mixes streams of steps {sorted(steps)}",
+                remedy="resume with the states of one checkpoint",
+            )
+        return {
+            int(slot): [Cursor(*parts[at : at + size]) for at in range(0, num_parts, size)]
+            for slot, parts in state.items()
+        }
 
     def identity(self) -> dict[str, str | int]:
         """What a state belongs to: equal identities mean that states can be exchanged."""
         return {
-            "data_sha256": self.index.sha256,
+            "data_sha256": self._data_sha256,
             "seed": self._seed,
-            "global_batch": self._side.global_batch,
-            "shuffle_block": self._side.config.shuffle_block,
+            "global_batch": self._global_batch,
+            "shuffle_block": self._config.shuffle_block,
         }
 
     def close(self) -> None:
-        """Close the open shards."""
-        self._side.reader.close()
+        """End the workers and close the open shards."""
+        self._workers.close()
+        for documents in self._opened:
+            documents.reader.close()
 
 
 class EvalStream:
@@ -237,7 +282,7 @@ class EvalStream:
     left its row is padding without targets. Iterate as often as you like.
 
     Args:
-        data_dir: A folder made by ``prepare`` (its ``eval``).
+        data_dir: A folder made by ``prepare``, a path or URL (its ``eval``).
         config: The recipe's data section.
         global_batch: Sequences per batch, over all ranks.
         data_rank: Data-parallel rank.
@@ -255,7 +300,7 @@ class EvalStream:
 
     def __init__(
         self,
-        data_dir: Path,
+        data_dir: Path | str,
         config: DataConfig,
         *,
         global_batch: int,
@@ -265,58 +310,53 @@ class EvalStream:
         pad_multiple: int = 1,
         tokenizer_sha256: str | None = None,
     ) -> None:
-        self._side = _DataSide(
-            data_dir,
-            config,
-            global_batch=global_batch,
-            data_rank=data_rank,
-            data_world=data_world,
-            pad_multiple=pad_multiple,
-            labels=self.labels,
-        )
-        self._num_batches = num_batches
+        self._slots = slots_of_rank(global_batch, data_rank, data_world)
+        self._global_batch, self._num_batches = global_batch, num_batches
+        self._config = config
+        index = load_index(data_dir, config.cache)
+        index.check_content("documents")
         if tokenizer_sha256 is not None:
-            self.index.check_tokenizer(tokenizer_sha256, "the training data")
+            index.check_tokenizer(tokenizer_sha256, "the training data")
+        self._documents = _Documents(index, config, pad_multiple=pad_multiple, labels=self.labels)
 
     @property
     def index(self) -> ShardIndex:
         """What is known about the data set."""
-        return self._side.index
+        return self._documents.index
 
     @property
     def tokenizer(self) -> Tokenizer:
         """The data set's own tokenizer."""
-        return self._side.tokenizer
+        return self._documents.tokenizer
 
     def __iter__(self) -> Iterator[Batch]:
         """One pass. Every rank lays out every sequence and reads its own."""
-        walker = self._walker()
+        documents, seq_len, walker = self._documents, self._config.seq_len, self._walker()
         sequence = num_given = 0
         while num_given != self._num_batches:
             rows = {}
-            for slot in range(self._side.global_batch):
-                layout = self._side.layout(walker)
+            for slot in range(self._global_batch):
+                layout = documents.layout(walker, seq_len)
                 if layout is None and slot == 0:
                     return
-                if slot in self._side.slots:
+                if slot in self._slots:
                     rows[slot] = (
-                        self._side.rows.padding()
+                        documents.rows.padding(seq_len)
                         if layout is None
-                        else self._side.rows.make(layout, MaskKey.of_evaluation(sequence))
+                        else documents.rows.make(layout, MaskKey.of_evaluation(sequence), seq_len)
                     )
                 sequence += 1
-            yield self._side.batch(list(rows.values()), list(rows))
+            yield _batch(list(rows.values()), list(rows), self._config)
             num_given += 1
 
     def _walker(self) -> Walker:
-        reader, config = self._side.reader, self._side.config
+        reader = self._documents.reader
         epochs = Epochs(reader, seed=0, shuffle_block=1, num_streams=1, streams=[0], shuffle=False)
-        skip = config.on_corrupt == "skip"
-        return Walker(epochs, reader, 0, skip_corrupt=skip, num_epochs=1)
+        return self._documents.walker(epochs, 0, num_epochs=1)
 
     def close(self) -> None:
         """Close the open shards."""
-        self._side.reader.close()
+        self._documents.reader.close()
 
 
 class CausalTrainStream(TrainStream):

@@ -7,16 +7,17 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any, Protocol
 
 from torch import nn
 
 from haloformer.configs.schema import CharLmConfig, LedConfig, ModelConfig, TrainConfig
 from haloformer.data_pipeline.batch import Batch
+from haloformer.data_pipeline.blend import training_corpora
 from haloformer.data_pipeline.index import ShardIndex
 from haloformer.data_pipeline.pairs import PairBatch
+from haloformer.data_pipeline.prefetch import Prefetcher, TrainSource
 from haloformer.data_pipeline.seq2seq import PairEvalStream, PairTrainStream
 from haloformer.data_pipeline.stream import (
     CausalEvalStream,
@@ -34,28 +35,12 @@ from haloformer.model.longformer import LongformerForMaskedLM
 AnyBatch = Batch | PairBatch
 
 
-class TrainSource(Protocol):
-    """A stream of training batches without end, whose state is a few integers."""
+class HeldOutSource(Protocol):
+    """Held-out batches, the same at every pass."""
 
     @property
     def index(self) -> ShardIndex:
         """What is known about the data set."""
-
-    def next_batch(self) -> AnyBatch:
-        """This rank's part of the next global batch."""
-
-    def state_dict(self) -> dict[str, list[int]]:
-        """Where this rank's streams stand; the union over ranks is the state of the run."""
-
-    def load_state(self, state: Mapping[str, Sequence[int]]) -> None:
-        """Continue from the union of all ranks' states."""
-
-    def identity(self) -> dict[str, str | int]:
-        """What a state belongs to."""
-
-
-class HeldOutSource(Protocol):
-    """Held-out batches, the same at every pass."""
 
     def __iter__(self) -> Iterator[AnyBatch]:
         """One pass."""
@@ -73,11 +58,14 @@ class Task(ABC):
 
     def open_streams(
         self, config: TrainConfig, topology: Topology
-    ) -> tuple[TrainSource, HeldOutSource]:
-        """The training and held-out streams of this rank's data-parallel share."""
+    ) -> tuple[TrainSource[AnyBatch], HeldOutSource]:
+        """The training and held-out streams of this rank's data-parallel share.
+
+        The caller closes the training stream, which may have threads.
+        """
         data, layout, global_batch = config.data, topology.layout, config.batch.global_batch
-        train = self.train_stream(
-            Path(data.train),
+        train: TrainSource[AnyBatch] = self.train_stream(
+            training_corpora(data),
             data,
             seed=config.seed,
             global_batch=global_batch,
@@ -86,16 +74,16 @@ class Task(ABC):
             pad_multiple=layout.context,
         )
         held_out = self.held_out_stream(
-            Path(data.eval),
+            data.eval,
             data,
             global_batch=global_batch,
             data_rank=topology.data_rank,
             data_world=layout.data,
             pad_multiple=layout.context,
             num_batches=config.eval.batches,
-            tokenizer_sha256=train.index.tokenizer_sha256,
+            tokenizer_sha256=train.facts.tokenizer_sha256,
         )
-        return train, held_out
+        return train if data.prefetch == 0 else Prefetcher(train, data.prefetch), held_out
 
     @abstractmethod
     def micro_batches(
@@ -107,7 +95,7 @@ class Task(ABC):
         """What is counted over the global batch and shown with each step."""
         return {}
 
-    def rates(self, loss: float, index: ShardIndex) -> dict[str, float]:
+    def rates(self, loss: float, characters_per_token: float) -> dict[str, float]:
         """The loss, nats per target token, in other units."""
         return {}
 
@@ -125,9 +113,9 @@ class DocumentTask(Task):
         """This rank's rows of tokens and labels."""
         return micro_batches(batch, micro_batch, topology)
 
-    def rates(self, loss: float, index: ShardIndex) -> dict[str, float]:
+    def rates(self, loss: float, characters_per_token: float) -> dict[str, float]:
         """Bits per character of the source text."""
-        return {"bits_per_char": loss / math.log(2.0) / index.characters_per_token}
+        return {"bits_per_char": loss / math.log(2.0) / characters_per_token}
 
 
 class MaskedLmTask(DocumentTask):

@@ -25,7 +25,7 @@ RUNS = Path("runs")
 # but for steps, which move the learning rate of the steps to come as people want by it.
 _FREE_ON_RESUME = (
     *("parallel.", "checkpoint.", "eval.", "tracking.", "steps"),
-    *("batch.micro_batch", "data.on_corrupt", "data.cache."),
+    *("batch.micro_batch", "data.on_corrupt", "data.cache.", "data.prefetch", "data.workers"),
 )
 
 

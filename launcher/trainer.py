@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from haloformer.configs.schema import TrainConfig
+from haloformer.data_pipeline.prefetch import TrainSource
 from haloformer.launcher.checkpoint import CheckpointStore
 from haloformer.launcher.engine import (
     Engine,
@@ -23,7 +24,7 @@ from haloformer.launcher.exchange import gather_json
 from haloformer.launcher.progress import StepProgress
 from haloformer.launcher.run_dir import RunDir
 from haloformer.launcher.schedule import learning_rate
-from haloformer.launcher.tasks import AnyBatch, HeldOutSource, Task, TrainSource
+from haloformer.launcher.tasks import AnyBatch, HeldOutSource, Task
 from haloformer.launcher.throughput import peak_memory_bytes
 from haloformer.launcher.topology import Topology
 from haloformer.launcher.tracking import Tracker
@@ -79,7 +80,7 @@ class Trainer:
     topology: Topology
     engine: Engine
     task: Task
-    train: TrainSource
+    train: TrainSource[AnyBatch]
     held_out: HeldOutSource
     store: CheckpointStore
     run_dir: RunDir
@@ -131,7 +132,7 @@ class Trainer:
         loss = loss_sum.item() / max(num_targets, 1)
         values = {
             "loss": loss,
-            **self.task.rates(loss, self.train.index),
+            **self.task.rates(loss, self.train.facts.characters_per_token),
             "grad_norm": grad_norm(engine),
             "learning_rate": rate,
             **self.speed.rates(agreed.num_tokens, time.perf_counter() - start),
@@ -167,7 +168,7 @@ class Trainer:
         """Held-out loss over the first ``eval.batches`` global batches, without dropout."""
         loss, _ = evaluate(self.engine, self.task, self.held_out, self.config, self.topology)
         if self.tracker is not None and self.progress is not None:
-            rates = self.task.rates(loss, self.train.index)
+            rates = self.task.rates(loss, self.held_out.index.characters_per_token)
             values = {"eval_loss": loss, **{f"eval_{key}": v for key, v in rates.items()}}
             self.tracker.log(step, values)
             self.run_dir.append_metrics({"step": step, **values})

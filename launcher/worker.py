@@ -16,13 +16,14 @@ import torch
 import torch.distributed as dist
 
 from haloformer.configs.load import check_world
+from haloformer.data_pipeline.prefetch import TrainSource
 from haloformer.launcher import throughput
 from haloformer.launcher.checkpoint import CheckpointStore
 from haloformer.launcher.engine import build_engine
 from haloformer.launcher.progress import StepProgress
 from haloformer.launcher.run_dir import RunDir
 from haloformer.launcher.runtime import init_distributed
-from haloformer.launcher.tasks import TrainSource, task_of
+from haloformer.launcher.tasks import AnyBatch, task_of
 from haloformer.launcher.topology import Layout, Topology, build_topology
 from haloformer.launcher.tracking import Tracker, connect
 from haloformer.launcher.trainer import Speed, StopRequest, Trainer
@@ -64,7 +65,7 @@ def run(run_dir: RunDir, stop: StopRequest) -> None:
     task = task_of(config)
     train, held_out = task.open_streams(config, topology)
     torch.manual_seed(config.seed)  # the same weights on every rank and every layout
-    model = task.build_model(config, train.index.vocab_size, topology)
+    model = task.build_model(config, train.facts.vocab_size, topology)
     engine = build_engine(model, config, topology)
     client = connect(plan.tracking_uri)
     store = CheckpointStore(client, plan.run_id, config, run_dir.staging)
@@ -88,9 +89,10 @@ def run(run_dir: RunDir, stop: StopRequest) -> None:
         tracker=Tracker(client, plan.run_id) if first else None,
         progress=StepProgress(config.steps, step, every=10) if first else None,
         stop=stop,
-        speed=_speed(task.flops_per_token(config, train.index.vocab_size), topology),
+        speed=_speed(task.flops_per_token(config, train.facts.vocab_size), topology),
     )
-    with trainer.progress or contextlib.nullcontext():
+    # Its thread would end with the process as well; here it ends before the groups go down.
+    with contextlib.closing(train), trainer.progress or contextlib.nullcontext():
         if trainer.progress is not None:
             trainer.progress.say(f"{dist.get_world_size()} ranks are up, training")
         trainer.run(step)
@@ -98,17 +100,17 @@ def run(run_dir: RunDir, stop: StopRequest) -> None:
     dist.destroy_process_group()
 
 
-def check_identity(saved: dict[str, str | int], train: TrainSource) -> None:
+def check_identity(saved: dict[str, str | int], train: TrainSource[AnyBatch]) -> None:
     """Refuse to continue on data or a batch other than the checkpoint's.
 
     Raises:
         ValueError: Naming what differs.
     """
     now = train.identity()
-    changed = [key for key in now if saved.get(key) != now[key]]
+    changed = [key for key in sorted(now.keys() | saved.keys()) if saved.get(key) != now.get(key)]
     if changed:
         raise ValueError(
-            f"{train.index.folder}: {', '.join(changed)} changed since the checkpoint; resume "
+            f"{train.facts.place}: {', '.join(changed)} changed since the checkpoint; resume "
             "with the data and the batch of the run, or start a new run without --resume"
         )
 

@@ -144,7 +144,7 @@ def train(case, folder):
     task = task_of(config)
     stream, held_out = task.open_streams(config, topology)
     torch.manual_seed(config.seed)
-    model = task.build_model(config, stream.index.vocab_size, topology)
+    model = task.build_model(config, stream.facts.vocab_size, topology)
     engine = build_engine(model, config, topology)
     history = []
     for step in range(STEPS):
@@ -161,6 +161,7 @@ def train(case, folder):
             total += output.loss_sum.detach().double()
         torch.distributed.all_reduce(total, group=topology.data_context_group)
         history.append((total.item() / counted.item(), grad_norm(engine)))
+    stream.close()
     history.append(evaluate(engine, task, held_out, config, topology))
     engine.destroy()
     destroy_topology()

@@ -51,3 +51,20 @@ def make_config() -> MakeConfig:
         return DataConfig.model_validate({**values, "shuffle_block": 4, **changes})
 
     return make
+
+
+@pytest.fixture
+def make_pairs(tmp_path: Path) -> MakeDataset:
+    """Write pairs: number n has 5 n + 1 letters -> n + 1 digits."""
+
+    def make(num_pairs: int, *, name: str = "train") -> Path:
+        tokenizer, folder = ByteTokenizer(), tmp_path / name
+        folder.mkdir()
+        with DatasetWriter(folder, tokenizer, 120, "pairs") as writer:
+            for n in range(num_pairs):
+                texts = chr(97 + n % 26) * (5 * n + 1), str(n % 10) * (n + 1)
+                writer.add_pair(texts, *(tokenizer.encode(text) for text in texts), f"pair {n}")
+            writer.close()
+        return folder
+
+    return make

@@ -12,24 +12,14 @@ from haloformer.data_pipeline.errors import CorruptSampleError, DataError
 from haloformer.data_pipeline.index import load_index, load_table
 from haloformer.data_pipeline.pairs import PairBatch
 from haloformer.data_pipeline.seq2seq import PairEvalStream, PairTrainStream
-from haloformer.data_pipeline.shards import DatasetWriter
-from haloformer.data_pipeline.tokenizers import ByteTokenizer
 
 GLOBAL_BATCH = 4
 NUM_PAIRS = 11  # no multiple of the batch: batches span the ends of epochs
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """Pair n: 5 n + 1 letters -> n + 1 digits, in several shards."""
-    path = tmp_path / "train"
-    path.mkdir()
-    tokenizer = ByteTokenizer()
-    with DatasetWriter(path, tokenizer, 120, "pairs") as writer:
-        for n in range(NUM_PAIRS):
-            texts = chr(97 + n) * (5 * n + 1), str(n % 10) * (n + 1)
-            writer.add_pair(texts, *(tokenizer.encode(text) for text in texts), f"pair {n}")
-        writer.close()
+def folder(make_pairs) -> Path:
+    path = make_pairs(NUM_PAIRS)
     assert len(load_index(path).shards) > 2
     return path
 
