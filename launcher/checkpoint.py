@@ -1,57 +1,81 @@
-"""Saving and loading a run on all its ranks, into its MLflow artifacts.
+"""Checkpoints of a run as its ranks see them: saved beside training, loaded before it.
 
-    every rank:  write slices -> fsync -> hash -> upload (a local store: written in place)
-    rank 0:      when all have said what they wrote, manifest.json, last; then delete the old
+    training     step 10 | copy | step 11 | step 12 | step 13 ...
+    background             write, fsync, hash, upload, manifest -> committed
 
-A rank killed anywhere before the last line leaves files that no manifest names: the checkpoint
-does not exist, and the next attempt at any step deletes them. Every attempt has a folder of its
-own, so files of two attempts never mix.
+Training waits for the copy to host memory, and for the checkpoint before if that one is still
+being written: there is never more than one on its way.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
-import secrets
 import shutil
 import socket
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+import torch
 from mlflow import MlflowClient
-from mlflow.exceptions import MlflowException
 from torch.distributed.checkpoint.api import CheckpointException
 
-from haloformer.configs.load import config_hash
 from haloformer.configs.schema import TrainConfig
-from haloformer.launcher.artifacts import sync_folder
-from haloformer.launcher.catalog import MANIFEST, Catalog, folder_of
+from haloformer.launcher.catalog import Catalog, folder_of
+from haloformer.launcher.commit import CheckpointError, Committer, reasons, together
 from haloformer.launcher.engine import Engine
 from haloformer.launcher.exchange import Json, gather_json
-from haloformer.launcher.fragments import files_of_rank, load_fragments, save_fragments
-from haloformer.launcher.manifest import (
-    FORMAT,
-    FileEntry,
-    LayoutRecord,
-    Manifest,
-    describe_file,
-    fault_of_file,
-)
+from haloformer.launcher.fragments import load_fragments, take_snapshot
+from haloformer.launcher.manifest import Manifest, fault_of_file
+from haloformer.launcher.snapshot import Snapshot
 from haloformer.launcher.topology import Topology
+
+_LONGEST_PAUSE_S = 60.0
 
 _log = logging.getLogger(__name__)
 
 
-class CheckpointError(ValueError):
-    """A checkpoint could not be written or read; every rank raises it, with every rank's reason."""
+@dataclass(frozen=True)
+class Outcome:
+    """How saving a checkpoint ended.
+
+    Attributes:
+        step: Of the checkpoint.
+        error: Why it was not committed, None if it was; the same on every rank.
+        waited: Seconds that training stood still for it.
+        seconds: From the snapshot to the commit.
+    """
+
+    step: int
+    error: str | None
+    waited: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class _Pending:
+    """A checkpoint on its way."""
+
+    step: int
+    snapshot: Snapshot
+    state: dict[str, Json]
+    started: float
+    waited: float
 
 
 class CheckpointStore:
     """The checkpoints of one run. All methods are collective: every rank calls them."""
 
     def __init__(
-        self, client: MlflowClient, run_id: str, config: TrainConfig, staging: Path
+        self,
+        client: MlflowClient,
+        run_id: str,
+        config: TrainConfig,
+        staging: Path,
+        topology: Topology,
     ) -> None:
         """Open the artifacts of a run.
 
@@ -60,46 +84,67 @@ class CheckpointStore:
             run_id: The run.
             config: Its recipe; ``checkpoint`` says what to keep.
             staging: A folder of this machine, for files on their way to or from a remote store.
+            topology: Of the ranks that save and load.
         """
         self.catalog = Catalog(client, run_id)
-        self._config = config
-        self._staging = staging
+        self._config, self._staging, self._topology = config, staging, topology
+        self._committer = self._make_committer()
+        self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._pending: _Pending | None = None
+        self._result: Future[Manifest]
+        self._ended: list[Outcome] = []
 
-    def save(
-        self, engine: Engine, topology: Topology, step: int, state: dict[str, Json]
-    ) -> Manifest:
-        """Write and commit a checkpoint, then drop the ones that are no longer wanted.
+    def save(self, engine: Engine, step: int, state: dict[str, Json]) -> None:
+        """Copy what a checkpoint needs, and commit it in the background; see ``poll``.
 
         Args:
             engine: Right after optimizer step ``step``.
-            topology: Its topology.
             step: Optimizer steps taken.
             state: What the trainer needs besides weights and moments; rank 0's counts.
+        """
+        started = time.perf_counter()
+        self._wait()
+        snapshot = take_snapshot(engine, self._topology)
+        waited = time.perf_counter() - started
+        self._begin(_Pending(step, snapshot, state, started, waited))
+
+    def save_and_wait(
+        self, engine: Engine, step: int, state: dict[str, Json], patience: float
+    ) -> None:
+        """Save the last checkpoint of this process; what fails is tried again.
+
+        Training is over and this is its result, so that a server which is away for a while, or a
+        full disk, must not be its end.
+
+        Args:
+            engine: As for ``save``.
+            step: As for ``save``.
+            state: As for ``save``.
+            patience: Seconds of pauses between attempts, in all; the same on every rank.
 
         Raises:
-            CheckpointError: On every rank, if any rank could not write its part. The checkpoints
-                that were there before still are.
+            CheckpointError: If the last attempt failed, too.
         """
-        attempt = self._together(topology, step, lambda: self._begin(topology, step))[0]
-        folder = self._folder_of_attempt(topology, step, attempt)
-        try:
-            self._write(engine, topology, step, folder)
-            written = self._together(
-                topology, step, lambda: self._publish(topology, step, attempt, folder)
-            )
-        except CheckpointError:
-            if topology.rank == 0:  # a full disk should not stay full of half a checkpoint
-                with contextlib.suppress(OSError, MlflowException):
-                    self.catalog.artifacts.delete(f"{folder_of(step)}/data-{attempt}")
-            raise
-        files = [file for part in written for file in part]
-        manifest = self._manifest(topology, step, state, files)
-        self._together(topology, step, lambda: self._commit(topology, manifest))
-        if topology.rank == 0:
-            self._prune(manifest)
-        return manifest
+        self.save(engine, step, state)
+        pending, pause, paused = self._pending, 1.0, 0.0
+        assert pending is not None
+        while (error := self._wait()) is not None:
+            if paused + pause > patience:
+                raise CheckpointError(error)
+            if self._topology.rank == 0:
+                _log.warning("%s; trying again in %.0f s", error, pause)
+            time.sleep(pause)
+            paused, pause = paused + pause, min(2 * pause, _LONGEST_PAUSE_S)
+            self._begin(pending)
 
-    def load(self, engine: Engine, topology: Topology, step: int) -> dict[str, Json]:
+    def poll(self) -> list[Outcome]:
+        """How checkpoints ended since the last call, on this rank; does not wait."""
+        if self._pending is not None and self._result.done():
+            self._wait()
+        ended, self._ended = self._ended, []
+        return ended
+
+    def load(self, engine: Engine, step: int) -> dict[str, Json]:
         """Bring a fresh engine to where ``save`` was called, on this layout or any other.
 
         Returns:
@@ -109,116 +154,56 @@ class CheckpointStore:
             ValueError: If there is no such checkpoint, or it is of another model.
             CheckpointError: If one of its files is damaged; names the file.
         """
+        assert self._pending is None, "the control group is the background's"
         manifest = self.catalog.find(step)
-        with self._on_this_host(topology, manifest) as folder:
+        with self._on_this_host(manifest) as folder:
             try:
-                load_fragments(engine, topology, folder, step)
+                load_fragments(engine, self._topology, folder, step)
             except CheckpointException as error:
                 raise CheckpointError(
-                    f"checkpoint step {step} could not be read ({_reasons(error)})"
+                    f"checkpoint step {step} could not be read ({reasons(error)})"
                 ) from error
         return manifest.state
 
-    def _begin(self, topology: Topology, step: int) -> str:
-        """Rank 0 deletes what an uncommitted attempt left at this step, and names the new one."""
-        if topology.rank != 0:
-            return ""
-        if self.catalog.read(step) is None:
-            self.catalog.artifacts.delete(folder_of(step))
-        return secrets.token_hex(8)
+    def _make_committer(self) -> Committer:
+        return Committer(self.catalog, self._config, self._staging, self._topology)
 
-    def _folder_of_attempt(self, topology: Topology, step: int, attempt: str) -> Path:
-        local = self.catalog.artifacts.local_path(f"{folder_of(step)}/data-{attempt}")
-        if local is not None:
-            return local
-        # Of this rank alone, so that it can sweep up what an earlier process left here.
-        mine = self._staging / f"rank-{topology.rank:05d}"
-        shutil.rmtree(mine, ignore_errors=True)
-        return mine / f"data-{attempt}"
-
-    def _write(self, engine: Engine, topology: Topology, step: int, folder: Path) -> None:
-        try:
-            save_fragments(engine, topology, folder)  # DCP fsyncs every file
-        except CheckpointException as error:
-            # DCP raises it on all ranks when any failed; it is no Exception.
-            raise CheckpointError(_not_written(step, _reasons(error))) from error
-
-    def _publish(
-        self, topology: Topology, step: int, attempt: str, folder: Path
-    ) -> list[dict[str, Json]]:
-        """Hash what this rank wrote, from the disk, and upload it; say what it is."""
-        entries = []
-        remote = self.catalog.artifacts.local_path(folder_of(step)) is None
-        for path in files_of_rank(folder, topology.rank):
-            entries.append(describe_file(path, f"data-{attempt}/{path.name}").model_dump())
-            if remote:
-                self.catalog.artifacts.upload(path, f"{folder_of(step)}/data-{attempt}")
-        if remote:
-            shutil.rmtree(folder, ignore_errors=True)
-        else:
-            for touched in (folder, folder.parent, folder.parent.parent):
-                sync_folder(touched)
-        return entries
-
-    def _manifest(
-        self, topology: Topology, step: int, state: dict[str, Json], files: list[dict[str, Json]]
-    ) -> Manifest:
-        layout, parallel = topology.layout, self._config.parallel
-        return Manifest(
-            format=FORMAT,
-            step=step,
-            config=self._config.model_dump(mode="json"),
-            config_hash=config_hash(self._config),
-            layout=LayoutRecord(
-                data=layout.data,
-                context=layout.context,
-                tensor=layout.tensor,
-                zero_stage=parallel.zero_stage,
-                precision=parallel.precision,
-            ),
-            state=state,
-            files=[FileEntry(**file) for file in files],
+    def _begin(self, pending: _Pending) -> None:
+        self._pending = pending
+        self._result = self._worker.submit(
+            self._committer.commit, pending.snapshot, pending.step, pending.state
         )
 
-    def _commit(self, topology: Topology, manifest: Manifest) -> None:
-        if topology.rank != 0:
-            return
-        artifacts, folder = self.catalog.artifacts, folder_of(manifest.step)
-        for entry in manifest.files:
-            local = artifacts.local_path(f"{folder}/{entry.name}")
-            if local is not None and not local.is_file():
-                raise FileNotFoundError(
-                    f"{local}, written by another rank, is not visible to rank 0; the artifact "
-                    "folder must be one that all hosts share, or a server's"
-                )
-        self._write_manifest(f"{folder}/{MANIFEST}", manifest.to_text())
-
-    def _prune(self, newest: Manifest) -> None:
-        keep = self._config.checkpoint
+    def _wait(self) -> str | None:
+        """Wait for the checkpoint on its way; why it failed, None if it did not."""
+        if self._pending is None:
+            return None
+        pending, self._pending = self._pending, None
+        error = None
         try:
-            self.catalog.prune(newest, keep.keep_last, keep.keep_every)
-        except (OSError, MlflowException) as error:
-            # The new checkpoint stands; a server that does not let us delete only costs space.
-            _log.warning("old checkpoints could not be deleted: %s", _one_line(error))
-
-    def _write_manifest(self, name: str, text: str) -> None:
-        self.catalog.artifacts.write_text(name, text)
+            self._result.result()
+        except CheckpointError as fault:
+            error = str(fault)
+        seconds = time.perf_counter() - pending.started
+        self._ended.append(Outcome(pending.step, error, pending.waited, seconds))
+        return error
 
     @contextlib.contextmanager
-    def _on_this_host(self, topology: Topology, manifest: Manifest) -> Iterator[Path]:
+    def _on_this_host(self, manifest: Manifest) -> Iterator[Path]:
         """A local folder with exactly the files of a checkpoint, every hash compared."""
+        group, device = self._topology.control_group, torch.device("cpu")
         place = self.catalog.artifacts.local_path(f"{folder_of(manifest.step)}/{manifest.folder}")
-        hosts = gather_json(socket.gethostname(), None, topology.device)
-        here = [rank for rank, host in enumerate(hosts) if host == hosts[topology.rank]]
-        fetches = place is None and topology.rank == here[0]
+        hosts = gather_json(socket.gethostname(), group, device)
+        here = [rank for rank, host in enumerate(hosts) if host == hosts[self._topology.rank]]
+        fetches = place is None and self._topology.rank == here[0]
         folder = place if place is not None else self._staging / f"load-rank-{here[0]:05d}"
         try:
             if place is None:
-                self._together(
-                    topology, manifest.step, lambda: self._fetch(manifest, folder, fetches)
-                )
-            faults = self._faults(manifest, folder, here.index(topology.rank), len(here))
-            found = [fault for part in gather_json(faults, None, topology.device) for fault in part]
+                _, fault = together(lambda: self._fetch(manifest, folder, fetches), group)
+                if fault:
+                    raise CheckpointError(f"checkpoint step {manifest.step}: {fault}")
+            faults = self._faults(manifest, folder, here.index(self._topology.rank), len(here))
+            found = [fault for part in gather_json(faults, group, device) for fault in part]
             if found:
                 raise CheckpointError(
                     f"checkpoint step {manifest.step} is damaged: {folder_of(manifest.step)}/"
@@ -245,31 +230,3 @@ class CheckpointStore:
         if strangers and index == 0:
             faults.append(f"{manifest.folder}/{min(strangers).name} is not in the manifest")
         return [fault for fault in faults if fault is not None]
-
-    def _together(self, topology: Topology, step: int, work: Callable[[], Any]) -> list[Any]:
-        """Do a part of the work on every rank; all fail if one does. Returns every rank's result.
-
-        This is also the barrier: no rank goes on before all are done.
-        """
-        try:
-            mine = {"value": work(), "error": None}
-        except (OSError, MlflowException) as error:
-            mine = {"value": None, "error": _one_line(error)}
-        results = gather_json(mine, None, topology.device)
-        faults = [f"rank {i}: {r['error']}" for i, r in enumerate(results) if r["error"]]
-        if faults:
-            raise CheckpointError(_not_written(step, "; ".join(faults)))
-        return [result["value"] for result in results]
-
-
-def _reasons(error: CheckpointException) -> str:
-    failures = sorted(error.failures.items())
-    return "; ".join(f"rank {rank}: {_one_line(reason)}" for rank, (reason, _) in failures)
-
-
-def _not_written(step: int, reasons: str) -> str:
-    return f"checkpoint step {step} failed ({reasons}); the committed ones are untouched"
-
-
-def _one_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:500]

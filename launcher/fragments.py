@@ -22,22 +22,13 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.checkpoint.hf_storage import (
-    HuggingFaceStorageReader,
-    HuggingFaceStorageWriter,
-)
-from torch.distributed.checkpoint.metadata import (
-    ChunkStorageMetadata,
-    MetadataIndex,
-    TensorProperties,
-    TensorStorageMetadata,
-)
-from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
-from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
 from haloformer.launcher.engine import Engine
 from haloformer.launcher.runtime import check_deepspeed
+from haloformer.launcher.snapshot import Fragment, Snapshot
 from haloformer.launcher.splits import Picked, Saved, Share, group_blocks, share_of
 from haloformer.launcher.topology import Topology
 
@@ -49,72 +40,19 @@ KINDS = (WEIGHT, *MOMENTS)
 _BYTES_PER_FILE = 1 << 30
 
 
-class Fragment(Tensor):
-    """The elements ``[start, start + len(data))`` of a flat tensor of ``numel`` elements.
-
-    DCP takes tensors only; this one has the full size and holds no storage but the slice.
-    """
-
-    data_slice: Tensor
-    start: int
-
-    @staticmethod
-    def __new__(cls, data: Tensor, start: int, numel: int) -> Fragment:
-        assert data.ndim == 1 and start >= 0 and start + data.numel() <= numel
-        fragment = Tensor._make_wrapper_subclass(
-            cls, torch.Size([numel]), dtype=data.dtype, device=data.device
-        )
-        fragment.data_slice = data
-        fragment.start = start
-        return fragment
-
-    def __init__(self, data: Tensor, start: int, numel: int) -> None:
-        pass
-
-    @classmethod
-    def __torch_dispatch__(  # type: ignore[override]  # torch declares it without cls
-        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        raise NotImplementedError(f"{func}: a Fragment is only written and read")
-
-    def __create_write_items__(self, fqn: str, _: object) -> list[WriteItem]:
-        return [
-            WriteItem(
-                index=MetadataIndex(fqn, [self.start]),
-                type=WriteItemType.SHARD,
-                tensor_data=TensorWriteData(
-                    chunk=self.__create_chunk_list__()[0],
-                    properties=TensorProperties.create_from_tensor(self.data_slice),
-                    size=self.size(),
-                ),
-            )
-        ]
-
-    def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
-        return [
-            ChunkStorageMetadata(
-                offsets=torch.Size([self.start]), sizes=torch.Size([self.data_slice.numel()])
-            )
-        ]
-
-    def __get_tensor_shard__(self, index: MetadataIndex) -> Tensor:
-        return self.data_slice
-
-
-def save_fragments(engine: Engine, topology: Topology, folder: Path) -> None:
-    """Write this rank's slices into ``folder`` as safetensors. Collective over all ranks.
+def take_snapshot(engine: Engine, topology: Topology) -> Snapshot:
+    """Copy this rank's slices to host memory, so that training may go on while they are written.
 
     Args:
         engine: From ``build_engine``, between two optimizer steps.
         topology: Its topology.
-        folder: Made if missing; ranks may share it or not (their file names differ).
 
     Raises:
         ValueError: For an untested DeepSpeed.
     """
     _check(engine)
     _make_moments(engine)
-    state: dict[str, Any] = {}
+    slices: dict[str, Fragment] = {}
     for kind, name, share, data, start in _slices(engine, topology):
         if engine.zero_optimization_stage() == 0:
             # Every rank holds everything: each writes its share.
@@ -124,18 +62,9 @@ def save_fragments(engine: Engine, topology: Topology, folder: Path) -> None:
         data, start = share.place(data, start)
         # Tensor ranks that hold the same elements all offer them; DCP lets one write them.
         if data.numel():
-            state[share.key(f"{kind}/{name}")] = Fragment(data, start, share.numel)
-    writer = HuggingFaceStorageWriter(
-        str(folder),
-        fqn_to_index_mapping=_spread_over_files(engine, topology),
-        save_distributed=True,
-    )
-    dcp_save(state, storage_writer=writer)
-
-
-def files_of_rank(folder: Path, rank: int) -> list[Path]:
-    """What ``save_fragments`` wrote on one rank; nothing if ZeRO gave that rank no element."""
-    return sorted(folder.glob(f"shard-{rank + 1:05d}-*.safetensors"))
+            copy = data.detach().to("cpu", copy=True)
+            slices[share.key(f"{kind}/{name}")] = Fragment(copy, start, share.numel)
+    return Snapshot(slices, _spread_over_files(engine, topology))
 
 
 def load_fragments(engine: Engine, topology: Topology, folder: Path, step: int) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -52,6 +53,8 @@ class Topology:
 
     ``data_context_group`` is what ZeRO shards over and what gradients are averaged over.
     ``tensor_group`` is None at size 1, so that the model uses plain torch layers.
+    ``control_group`` is all ranks over gloo, whatever the tensors travel over: checkpoints are
+    agreed on in it, in the background of training.
     """
 
     layout: Layout
@@ -64,6 +67,7 @@ class Topology:
     context_group: ProcessGroup
     data_context_group: ProcessGroup
     tensor_group: ProcessGroup | None
+    control_group: ProcessGroup
     device: torch.device
 
 
@@ -99,11 +103,13 @@ def build_topology(layout: Layout) -> Topology:
         tensor_group=(
             parallel_state.get_tensor_model_parallel_group() if layout.tensor > 1 else None
         ),
+        # A slow upload is no failure, and a dead rank closes its connections at once.
+        control_group=dist.new_group(backend="gloo", timeout=timedelta(hours=12)),
         device=torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu"),
     )
 
 
-def destroy_topology() -> None:
+def destroy_topology(topology: Topology) -> None:
     """Forget the groups, so that another layout can be built in this process."""
     # megatron drops its references only; the groups themselves (threads and sockets of gloo)
     # would stay until the process ends.
@@ -113,7 +119,7 @@ def destroy_topology() -> None:
         if group not in (None, dist.GroupMember.NON_GROUP_MEMBER)
     ]
     parallel_state.destroy_model_parallel()
-    for group in groups:
+    for group in [*groups, topology.control_group]:
         dist.destroy_process_group(group)
 
 

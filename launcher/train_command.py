@@ -101,7 +101,8 @@ def _resume_point(client: MlflowClient, config: TrainConfig, wanted: str) -> tup
         newest = Catalog(client, run_id).newest_valid()
         if newest is None:
             continue
-        _check_same(config, newest.config, run_id)
+        # Through the schema: a key that is newer than the checkpoint had its default then.
+        _check_same(config, newest.train_config().model_dump(mode="json"), run_id)
         if newest.step >= config.steps:
             raise ValueError(
                 f"run {run_id} has already trained {newest.step} of {config.steps} steps; "

@@ -104,9 +104,11 @@ class Trainer:
             last = done == config.steps
             if last or (config.eval.every is not None and done % config.eval.every == 0):
                 self._evaluate(done)
-            if last or stopping or done % config.checkpoint.every == 0:
-                self._save(done)
+            ends = last or stopping
+            if ends or done % config.checkpoint.every == 0:
+                self._save(done, ends)
                 saved = done
+            self._report_checkpoints()
             if stopping and not last:
                 return self._end("stopped", saved)
         return self._end("finished", config.steps)
@@ -184,12 +186,27 @@ class Trainer:
             peak = peak_memory_bytes(self.topology.device)
             self.tracker.log(step, {**values, "peak_memory_mib": peak / 2**20})
 
-    def _save(self, step: int) -> None:
-        start = time.perf_counter()
-        self.store.save(self.engine, self.topology, step, self._state())
-        if self.progress is not None:
-            seconds = time.perf_counter() - start
-            self.progress.say(f"step {step}: checkpoint committed ({seconds:.1f} s)")
+    def _save(self, step: int, ends: bool) -> None:
+        state = self._state()
+        if ends:
+            patience = self.config.checkpoint.patience
+            self.store.save_and_wait(self.engine, step, state, patience)
+        else:
+            self.store.save(self.engine, step, state)
+
+    def _report_checkpoints(self) -> None:
+        for outcome in self.store.poll():
+            if self.tracker is None or self.progress is None:
+                continue
+            if outcome.error is not None:
+                self.progress.say(f"warning: {outcome.error}; training goes on")
+                continue
+            self.progress.say(
+                f"step {outcome.step}: checkpoint committed ({outcome.seconds:.1f} s, of which "
+                f"training waited {outcome.waited:.2f} s)"
+            )
+            seconds = {"checkpoint_seconds": outcome.seconds, "checkpoint_wait": outcome.waited}
+            self.tracker.log(outcome.step, seconds)
 
     def _state(self) -> dict[str, Any]:
         """All that a run needs to go on besides weights and moments: seed and data cursors."""

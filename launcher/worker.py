@@ -68,10 +68,10 @@ def run(run_dir: RunDir, stop: StopRequest) -> None:
     model = task.build_model(config, train.facts.vocab_size, topology)
     engine = build_engine(model, config, topology)
     client = connect(plan.tracking_uri)
-    store = CheckpointStore(client, plan.run_id, config, run_dir.staging)
+    store = CheckpointStore(client, plan.run_id, config, run_dir.staging, topology)
     step = 0
     if plan.resume_step is not None:
-        state = store.load(engine, topology, plan.resume_step)
+        state = store.load(engine, plan.resume_step)
         check_identity(state["identity"], train)
         train.load_state(state["data"])
         step = plan.resume_step

@@ -22,7 +22,8 @@ import torch.distributed
 from mlflow import MlflowClient
 from mlflow.store.tracking import sqlalchemy_store
 
-from haloformer.launcher.checkpoint import CheckpointError, CheckpointStore
+from haloformer.launcher.checkpoint import CheckpointStore
+from haloformer.launcher.commit import CheckpointError, Committer
 from layouts import Case, start, stop, tiny_config, train
 
 CASE = Case(1, 2, 1)
@@ -40,8 +41,10 @@ STATE = {"seed": 7, "data": {"0": [1, 2, 3]}}
 LIMIT_S = 120
 
 
-class DyingStore(CheckpointStore):
-    """A store whose rank is killed by SIGKILL at a given phase; the code under test has no hook."""
+class DyingCommitter(Committer):
+    """Kills its rank by SIGKILL at a given phase; the code under test has no hook."""
+
+    phase = None
 
     def arm(self, phase, rank):
         self.phase = phase if PHASES[phase] == rank else None
@@ -49,17 +52,17 @@ class DyingStore(CheckpointStore):
     def _die(self):
         os.kill(os.getpid(), signal.SIGKILL)
 
-    def _write(self, engine, topology, step, folder):
-        super()._write(engine, topology, step, folder)
+    def _write(self, snapshot, step, folder):
+        super()._write(snapshot, step, folder)
         if self.phase == "file_half_written":
-            file = next(iter(folder.glob(f"shard-{topology.rank + 1:05d}-*")))
+            file = next(iter(folder.glob(f"shard-{self._topology.rank + 1:05d}-*")))
             os.truncate(file, file.stat().st_size // 2)
             self._die()
 
-    def _publish(self, topology, step, attempt, folder):
+    def _publish(self, step, attempt, folder):
         if self.phase == "before_hash":
             self._die()
-        entries = super()._publish(topology, step, attempt, folder)
+        entries = super()._publish(step, attempt, folder)
         if self.phase == "after_upload":
             self._die()
         return entries
@@ -68,7 +71,7 @@ class DyingStore(CheckpointStore):
         if self.phase == "before_manifest":
             self._die()
         if self.phase == "manifest_half_written":
-            self.catalog.artifacts.local_path(name).write_text(text[: len(text) // 2])
+            self._catalog.artifacts.local_path(name).write_text(text[: len(text) // 2])
             self._die()
         super()._write_manifest(name, text)
 
@@ -78,75 +81,112 @@ class DyingStore(CheckpointStore):
         super()._prune(newest)
 
 
-def open_store(kind, job, staging):
-    return kind(MlflowClient(job["uri"]), job["run"], tiny_config(CASE), Path(staging))
+class DyingStore(CheckpointStore):
+    """A store with that committer."""
+
+    def _make_committer(self):
+        return DyingCommitter(self.catalog, self._config, self._staging, self._topology)
+
+    def arm(self, phase):
+        self._committer.arm(phase, self._topology.rank)
+
+
+def open_store(kind, job, staging, topology):
+    return kind(MlflowClient(job["uri"]), job["run"], tiny_config(CASE), Path(staging), topology)
+
+
+def save(store, engine, step):
+    store.save_and_wait(engine, step, STATE, patience=0.0)
 
 
 def uninterrupted(rank, job, staging):
     """Steps 1 to 3, each saved: the truth the others are held to."""
     topology, engine = start(CASE)
-    store = open_store(CheckpointStore, job, staging)
+    store = open_store(CheckpointStore, job, staging, topology)
     history = []
     for step in range(3):
         history += train(engine, topology, tiny_config(CASE), step, step + 1)
-        store.save(engine, topology, step + 1, STATE)
-    stop(engine)
+        save(store, engine, step + 1)
+    stop(topology, engine)
     return {"history": history}
 
 
 def killed(rank, job, staging):
     """Step 1 saved, step 2 cut short at the phase of the job."""
     topology, engine = start(CASE)
-    store = open_store(DyingStore, job, staging)
-    store.phase = None
+    store = open_store(DyingStore, job, staging, topology)
     train(engine, topology, tiny_config(CASE), 0, 1)
-    store.save(engine, topology, 1, STATE)
+    save(store, engine, 1)
     train(engine, topology, tiny_config(CASE), 1, 2)
-    store.arm(job["phase"], rank)
-    store.save(engine, topology, 2, STATE)
+    store.arm(job["phase"])
+    save(store, engine, 2)
 
 
 def recovered(rank, job, staging):
     """From the newest valid checkpoint to step 3, saving each step."""
-    store = open_store(CheckpointStore, job, staging)
-    found = store.catalog.newest_valid().step
     topology, engine = start(CASE)
-    state = store.load(engine, topology, found)
+    store = open_store(CheckpointStore, job, staging, topology)
+    found = store.catalog.newest_valid().step
+    state = store.load(engine, found)
     history = []
     for step in range(found, 3):
         history += train(engine, topology, tiny_config(CASE), step, step + 1)
-        store.save(engine, topology, step + 1, STATE)
-    stop(engine)
+        save(store, engine, step + 1)
+    stop(topology, engine)
     return {"found": found, "state": state, "history": history}
 
 
 def refused(rank, job, staging):
     """What `load` says of the checkpoint of a step."""
-    store = open_store(CheckpointStore, job, staging)
     topology, engine = start(CASE)
+    store = open_store(CheckpointStore, job, staging, topology)
     try:
-        store.load(engine, topology, job["step"])
+        store.load(engine, job["step"])
     except CheckpointError as error:
         return {"error": str(error)}
     return {"error": None}
 
 
+class FullCommitter(Committer):
+    """Rank 1 finds its disk full for so many attempts."""
+
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self.num_failures = 0
+
+    def _publish(self, step, attempt, folder):
+        if self._topology.rank == 1 and self.num_failures:
+            self.num_failures -= 1
+            raise OSError(28, "No space left on device")
+        return super()._publish(step, attempt, folder)
+
+
+class FullStore(CheckpointStore):
+    """A store with that committer."""
+
+    def _make_committer(self):
+        return FullCommitter(self.catalog, self._config, self._staging, self._topology)
+
+
 def unwritable(rank, job, staging):
-    """What `save` says, on both ranks, when the store of rank 1 takes no files."""
-
-    class FullStore(CheckpointStore):
-        def _publish(self, topology, step, attempt, folder):
-            if topology.rank == 1:
-                raise OSError(28, "No space left on device")
-            return super()._publish(topology, step, attempt, folder)
-
-    store = open_store(FullStore, job, staging)
+    """What both ranks hear when rank 1 cannot write: once while training, then at its end."""
     topology, engine = start(CASE)
+    store = open_store(FullStore, job, staging, topology)
+    committer = store._committer
+    committer.num_failures = 1
+    store.save(engine, 7, STATE)
+    save(store, engine, 8)  # waits for the one before
+    told = [(outcome.step, outcome.error) for outcome in store.poll()]
+    committer.num_failures = 2
     try:
-        store.save(engine, topology, 9, STATE)
+        store.save_and_wait(engine, 9, STATE, patience=0.0)
     except CheckpointError as error:
-        return {"error": str(error), "left": store.catalog.artifacts.list_folder("checkpoints")}
-    return {"error": None}
+        told.append((9, str(error)))
+    torch.distributed.barrier()  # rank 0 clears up
+    left = store.catalog.artifacts.list_folder("checkpoints")
+    store.save_and_wait(engine, 9, STATE, patience=1.0)  # room for one more attempt
+    committed = [manifest.step for manifest in store.catalog.committed()]
+    return {"told": told, "left": left, "committed": committed}
 
 
 ACTIONS = {f.__name__: f for f in (uninterrupted, killed, recovered, refused, unwritable)}

@@ -28,7 +28,7 @@ from haloformer.launcher.engine import (
     rank_loss,
     set_learning_rate,
 )
-from haloformer.launcher.fragments import load_fragments, save_fragments
+from haloformer.launcher.fragments import load_fragments, take_snapshot
 from haloformer.launcher.runtime import init_distributed
 from haloformer.launcher.topology import Layout, build_topology, destroy_topology
 from haloformer.model.layers import (
@@ -184,9 +184,9 @@ def start(case):
     return topology, build_engine(model, tiny_config(case), topology)
 
 
-def stop(engine):
+def stop(topology, engine):
     engine.destroy()
-    destroy_topology()
+    destroy_topology(topology)
 
 
 def train(engine, topology, config, first, last, evaluating=False):
@@ -242,18 +242,22 @@ def walk_cases(cases, elastic, folder):
         config, place = tiny_config(case), Path(folder, str(case))
         topology, engine = start(case)
         seen["trained"][str(case)] = train(engine, topology, config, 0, SAVED_AT)
-        save_fragments(engine, topology, place)
+        save(engine, topology, place)
         seen["trained"][str(case)] += train(engine, topology, config, SAVED_AT, STEPS)
-        save_fragments(engine, topology, place / "end")
+        save(engine, topology, place / "end")
         if case.stage < 3:  # weights are whole between steps
             norm, outer = engine.module.norm, engine.module.outer
             copies[str(case)] = [p.tolist() for p in (norm.weight, norm.bias, outer.bias)]
-        stop(engine)
+        stop(topology, engine)
         if case.micro == 1:
             seen["resumed"][str(case)] = go_on(case, place, place / "resumed")
     for writer, reader in elastic:
         seen["elastic"][str(writer), str(reader)] = go_on(reader, Path(folder, str(writer)), None)
     return seen, copies
+
+
+def save(engine, topology, folder):
+    take_snapshot(engine, topology).write(folder, topology.control_group)
 
 
 def go_on(case, source, target):
@@ -262,8 +266,8 @@ def go_on(case, source, target):
     load_fragments(engine, topology, source, SAVED_AT)
     history = train(engine, topology, tiny_config(case), SAVED_AT, STEPS, evaluating=True)
     if target is not None:
-        save_fragments(engine, topology, target)
-    stop(engine)
+        save(engine, topology, target)
+    stop(topology, engine)
     return history
 
 

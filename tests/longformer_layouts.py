@@ -158,7 +158,7 @@ def train(case):
         torch.distributed.all_reduce(total, group=topology.data_context_group)
         history.append((total.item() / num_targets, grad_norm(engine)))
     engine.destroy()
-    destroy_topology()
+    destroy_topology(topology)
     return history
 
 

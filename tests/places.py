@@ -32,7 +32,7 @@ def describe(rank):
                 "same": adapter.get_sequence_data_parallel_group() is topology.data_context_group,
             }
         )
-        destroy_topology()
+        destroy_topology(topology)
     with pytest.raises(ValueError, match=r"needs 6 ranks, but 4 were started; start 6"):
         build_topology(Layout(3, 2))
     texts = gather_json({"rank": rank, "text": "x" * (rank * 100)}, None, torch.device("cpu"))

@@ -164,7 +164,7 @@ def train(case, folder):
     stream.close()
     history.append(evaluate(engine, task, held_out, config, topology))
     engine.destroy()
-    destroy_topology()
+    destroy_topology(topology)
     return history
 
 

@@ -208,10 +208,18 @@ def test_passing_over_warns_with_the_file_name(client, runs, second, caplog):
     assert flipped in caplog.text
 
 
-def test_a_rank_that_cannot_write_stops_all_with_its_reason(first):
-    error = first["full"]["error"]
-    assert error.startswith("checkpoint step 9 failed (rank 1: OSError: [Errno 28] No space left")
-    assert "\n" not in error
+def test_a_rank_that_cannot_write_is_heard_on_all(first):
+    told = dict(first["full"]["told"])
+    assert told.keys() == {7, 8, 9} and told[8] is None
+    for number, said in ((7, told[7]), (9, told[9])):
+        wanted = f"checkpoint step {number} failed (rank 1: OSError: [Errno 28] No space left"
+        assert said.startswith(wanted)
+        assert "\n" not in said
+
+
+def test_a_failed_checkpoint_leaves_nothing_and_the_last_is_tried_again(first):
+    assert first["full"]["left"] == ["step-00000008"]
+    assert first["full"]["committed"] == [9, 8]
 
 
 def test_the_manifest_says_what_was_run(client, runs, first):

@@ -6,7 +6,7 @@ from safetensors import safe_open
 from torch import nn
 
 from haloformer.launcher import runtime
-from haloformer.launcher.fragments import load_weights, save_fragments
+from haloformer.launcher.fragments import load_weights, take_snapshot
 from layouts import (
     BF16,
     ELASTIC,
@@ -103,10 +103,10 @@ class BareEngine:
 
 def test_a_persistent_buffer_is_refused(tmp_path):
     with pytest.raises(ValueError, match="num_batches_tracked is a persistent buffer"):
-        save_fragments(BareEngine(nn.BatchNorm1d(2)), None, tmp_path)
+        take_snapshot(BareEngine(nn.BatchNorm1d(2)), None)
 
 
 def test_another_deepspeed_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(runtime, "DEEPSPEED_VERSION", "9.9")
     with pytest.raises(ValueError, match=r"pip install deepspeed==9\.9"):
-        save_fragments(BareEngine(nn.Linear(2, 2)), None, tmp_path)
+        take_snapshot(BareEngine(nn.Linear(2, 2)), None)
