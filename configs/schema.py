@@ -25,8 +25,10 @@ __all__ = ["AnyModelConfig", "CharLmConfig", "LedConfig", "ModelConfig", "TrainC
 SeqLen = Annotated[int, Field(ge=8)]
 
 
-def _kind_of_train(value: Any) -> str:
-    return "path" if isinstance(value, str) else "corpora"
+def _kind_of_train(value: Any) -> str | None:
+    if isinstance(value, str):
+        return "path"
+    return "corpora" if isinstance(value, list | tuple) and value else None
 
 
 class CacheConfig(Section):
@@ -71,7 +73,11 @@ class DataConfig(Section):
 
     train: Annotated[
         Annotated[str, Tag("path")] | Annotated[tuple[CorpusConfig, ...], Tag("corpora")],
-        Discriminator(_kind_of_train),
+        Discriminator(
+            _kind_of_train,
+            custom_error_type="no_corpus",
+            custom_error_message="give a folder, or a list such as [{path: DIR, weight: 1}]",
+        ),
     ]
     eval: str
     seq_len: SeqLen
@@ -101,12 +107,6 @@ class DataConfig(Section):
             if step < first:
                 return stage.seq_len
         return self.seq_len
-
-    @model_validator(mode="after")
-    def _check_corpora(self) -> DataConfig:
-        if not self.corpora:
-            raise ValueError("train names no corpus; give a folder, or a list of path and weight")
-        return self
 
 
 class BatchConfig(Section):

@@ -136,9 +136,10 @@ def _announce(
     size = num_parameters(config.model, vocab_size)
     start = "from the start" if step is None else f"from step {step}"
     data = config.data
-    length = (
-        f"{data.seq_len}" if data.target_len is None else f"{data.seq_len} -> {data.target_len}"
-    )
+    lengths = [*(stage.seq_len for stage in data.stages), data.seq_len]
+    length = " then ".join(map(str, lengths))
+    if data.target_len is not None:
+        length += f" -> {data.target_len}"
     print(
         f"{config.name}: {size / 1e6:.1f} M parameters, {length} tokens, "
         f"{ranks} ranks (context {config.parallel.context}, tensor {config.parallel.tensor}), "

@@ -140,6 +140,8 @@ class Trainer:
             **self.speed.rates(agreed.num_tokens, time.perf_counter() - start),
             **agreed.counts,
         }
+        if config.data.stages:
+            values["seq_len"] = float(config.data.seq_len_at(step))
         self._record(step + 1, values)
         # DeepSpeed passes over a step whose gradient is not finite, without a word.
         norm = values["grad_norm"]
