@@ -1,28 +1,52 @@
-"""The artifacts of one MLflow run: a folder on this machine, or behind a server or object store."""
+"""The artifacts of one MLflow run: a folder on this machine, or behind a server or object store.
+
+What a network may spoil is tried again for a quarter of a minute; then it is an ``OSError`` or
+MLflow's own exception, for the caller to judge.
+"""
 
 from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Callable
 from pathlib import Path, PurePosixPath
+from typing import TypeVar
 
 from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 from mlflow.store.artifact.local_artifact_repo import LocalArtifactRepository
 
+from haloformer.data_pipeline.retry import RetryPolicy
+
+Result = TypeVar("Result")
+
+_TOO_MANY = 429
+_POLICY = RetryPolicy(attempts=5, first_wait_s=1.0, longest_wait_s=8.0)
+
 
 class ArtifactFolder:
-    """Files by name below the artifact folder of a run.
+    """Files by name below the artifact folder of a run. Nothing is asked before it is used.
 
     A local store is used in place: what is written there is not copied again.
+
+    Args:
+        uri: The artifact URI of the run.
+        tracking_uri: MLflow's server or database, through which some artifacts go.
+        policy: How often what a network may spoil is tried.
     """
 
-    def __init__(self, client: MlflowClient, run_id: str) -> None:
-        uri = client.get_run(run_id).info.artifact_uri
-        self._store = get_artifact_repository(uri, tracking_uri=client.tracking_uri)
+    def __init__(self, uri: str, tracking_uri: str, policy: RetryPolicy = _POLICY) -> None:
+        self.uri, self._policy = uri, policy
+        self._store = get_artifact_repository(uri, tracking_uri=tracking_uri)
         self._root: Path | None = None
         if isinstance(self._store, LocalArtifactRepository):
             self._root = Path(self._store.artifact_dir).resolve()
+
+    @classmethod
+    def of_run(cls, client: MlflowClient, run_id: str) -> ArtifactFolder:
+        """The artifacts of a run that the server is asked about."""
+        return cls(client.get_run(run_id).info.artifact_uri, client.tracking_uri)
 
     def local_path(self, name: str) -> Path | None:
         """Where ``name`` is, or would be, on this machine; None for a remote store."""
@@ -32,7 +56,8 @@ class ArtifactFolder:
     def list_folder(self, name: str) -> list[str]:
         """Names of the files and folders directly in a folder, without its own name."""
         _confine(name)
-        return [PurePosixPath(info.path).name for info in self._store.list_artifacts(name)]
+        found = self._try(lambda: self._store.list_artifacts(name))
+        return [PurePosixPath(info.path).name for info in found]
 
     def read_text(self, name: str) -> str:
         """A small file.
@@ -61,24 +86,60 @@ class ArtifactFolder:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder, base.name)
             _write_and_sync(path, text)
-            self._store.log_artifact(str(path), str(base.parent))
+            self.upload(path, str(base.parent))
 
     def upload(self, path: Path, folder: str) -> None:
-        """Send a file of this machine to a folder of a remote store."""
+        """Send a file of this machine to a folder of the store; ``.`` is its root."""
+        if folder == ".":
+            self._try(lambda: self._store.log_artifact(str(path)))
+            return
         _confine(folder)
-        self._store.log_artifact(str(path), folder)
+        self._try(lambda: self._store.log_artifact(str(path), folder))
 
     def fetch(self, name: str, folder: Path) -> Path:
         """Bring a file of a remote store into a folder of this machine, under its last name."""
         _confine(name)
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
-            arrived = Path(self._store.download_artifacts(name, scratch))
+            arrived = Path(scratch, "file")
+            # MLflow's public call asks for a listing first, and hides the status of a failure.
+            self._try(lambda: self._store._download_file(name, str(arrived)))
             return arrived.replace(folder / PurePosixPath(name).name)
 
     def delete(self, name: str) -> None:
         """Delete a file, or a folder with all that is in it; nothing there is fine."""
         _confine(name)
-        self._store.delete_artifacts(name)
+        self._try(lambda: self._store.delete_artifacts(name))
+
+    def _try(self, work: Callable[[], Result]) -> Result:
+        if self._root is not None:
+            return work()
+        of_s3 = _s3_faults()
+        try:
+            return self._policy.call(work, (OSError, MlflowException, *of_s3), may_pass)
+        except of_s3 as error:  # callers know of no S3
+            raise OSError(" ".join(str(error).split())) from error
+
+
+def may_pass(error: Exception) -> bool:
+    """Whether a fault of the server, or of the way to it, may be gone a little later."""
+    if isinstance(error, MlflowException):  # one without an answer counts as 500
+        status = error.get_http_status_code()
+    else:
+        answer = getattr(error, "response", None)  # of requests, or botocore's dict
+        if answer is None:
+            return not isinstance(error, FileNotFoundError | PermissionError)
+        is_s3 = isinstance(answer, dict)
+        status = answer["ResponseMetadata"]["HTTPStatusCode"] if is_s3 else answer.status_code
+    return bool(status == _TOO_MANY or status >= 500)
+
+
+def _s3_faults() -> tuple[type[Exception], ...]:
+    """What a store in S3 raises; nothing where its library is not installed."""
+    try:
+        from botocore.exceptions import BotoCoreError, ClientError
+    except ImportError:
+        return ()
+    return (BotoCoreError, ClientError)
 
 
 def sync_folder(folder: Path) -> None:

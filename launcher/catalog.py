@@ -33,9 +33,12 @@ _log = logging.getLogger(__name__)
 class Catalog:
     """Committed checkpoints of one run, newest first."""
 
-    def __init__(self, client: MlflowClient, run_id: str) -> None:
+    def __init__(self, place: MlflowClient | ArtifactFolder, run_id: str) -> None:
+        """Open the artifacts of a run; a client is asked where they are."""
         self.run_id = run_id
-        self.artifacts = ArtifactFolder(client, run_id)
+        self.artifacts = (
+            place if isinstance(place, ArtifactFolder) else ArtifactFolder.of_run(place, run_id)
+        )
 
     def committed(self) -> list[Manifest]:
         """Checkpoints with a valid manifest, newest first; their files are not looked at."""
@@ -131,7 +134,7 @@ class Catalog:
         with tempfile.TemporaryDirectory() as folder:
             try:
                 return fault_of_file(entry, self.artifacts.fetch(name, Path(folder)))
-            except MlflowException as error:
+            except (MlflowException, OSError) as error:
                 return f"{entry.name} cannot be fetched ({' '.join(str(error).split())[:200]})"
 
 

@@ -24,6 +24,7 @@ from mlflow import MlflowClient
 from torch.distributed.checkpoint.api import CheckpointException
 
 from haloformer.configs.schema import TrainConfig
+from haloformer.launcher.artifacts import ArtifactFolder
 from haloformer.launcher.catalog import Catalog, folder_of
 from haloformer.launcher.commit import CheckpointError, Committer, reasons, together
 from haloformer.launcher.engine import Engine
@@ -71,7 +72,7 @@ class CheckpointStore:
 
     def __init__(
         self,
-        client: MlflowClient,
+        place: MlflowClient | ArtifactFolder,
         run_id: str,
         config: TrainConfig,
         staging: Path,
@@ -80,13 +81,13 @@ class CheckpointStore:
         """Open the artifacts of a run.
 
         Args:
-            client: Connected to the tracking server that knows the run.
+            place: The run's artifacts, or a client that knows where they are.
             run_id: The run.
             config: Its recipe; ``checkpoint`` says what to keep.
             staging: A folder of this machine, for files on their way to or from a remote store.
             topology: Of the ranks that save and load.
         """
-        self.catalog = Catalog(client, run_id)
+        self.catalog = Catalog(place, run_id)
         self._config, self._staging, self._topology = config, staging, topology
         self._committer = self._make_committer()
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")

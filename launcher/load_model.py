@@ -22,6 +22,7 @@ from mlflow.exceptions import MlflowException
 from haloformer.configs.load import parse_config
 from haloformer.configs.schema import CharLmConfig, TrackingConfig, TrainConfig
 from haloformer.data_pipeline.index import ShardIndex, load_index
+from haloformer.data_pipeline.remote import split_address
 from haloformer.data_pipeline.tokenizers import Tokenizer
 from haloformer.launcher import tracking
 from haloformer.launcher.catalog import Catalog, folder_of
@@ -68,7 +69,7 @@ def load_run(
     step: int | None = None,
     *,
     experiment: str | None = None,
-    data: Path | None = None,
+    data: Path | str | None = None,
 ) -> TrainedModel:
     """Load the newest committed checkpoint of a run whose files are as they were written.
 
@@ -114,7 +115,7 @@ def find_checkpoint(run: str, step: int | None, experiment: str | None) -> Found
     )
 
 
-def load_found(found: Found, data: Path | None = None) -> TrainedModel:
+def load_found(found: Found, data: Path | str | None = None) -> TrainedModel:
     """Load a checkpoint that ``find_checkpoint`` found.
 
     Args:
@@ -153,19 +154,21 @@ def _candidates(client: MlflowClient, run: str, experiment: str) -> Iterator[str
 
 
 def _index_of_run(
-    config: TrainConfig, manifest: Manifest, run_id: str, data: Path | None
+    config: TrainConfig, manifest: Manifest, run_id: str, data: Path | str | None
 ) -> ShardIndex:
     """The index of the data set that the run was trained on."""
-    folder = Path(config.data.train) if data is None else data
-    if data is None and not folder.exists():
+    corpora = config.data.corpora
+    folder = corpora[0].path if data is None else str(data)
+    place = split_address(folder)
+    if data is None and isinstance(place, Path) and not place.exists():
         raise ValueError(
             f"run {run_id} was trained on {folder}, which is not there (seen from {Path.cwd()}), "
             "and its tokenizer is in that folder; say where the training data is now with --data"
         )
-    index = load_index(folder)
+    index = load_index(folder, config.data.cache)
     identity = manifest.state.get("identity")
     trained_on = identity.get("data_sha256") if isinstance(identity, dict) else None
-    if trained_on is not None and trained_on != index.sha256:
+    if len(corpora) == 1 and trained_on is not None and trained_on != index.sha256:
         raise ValueError(
             f"{folder}: not the data that run {run_id} was trained on (its hash is "
             f"{index.sha256[:12]}, not {str(trained_on)[:12]}); name the right folder with --data"
@@ -186,7 +189,7 @@ def _files_of(found: Found) -> Iterator[Path]:
         for entry in manifest.files:
             try:
                 artifacts.fetch(f"{step_folder}/{entry.name}", Path(scratch))
-            except MlflowException as error:
+            except (MlflowException, OSError) as error:
                 reason = " ".join(str(error).split())[:200]
                 raise ValueError(
                     f"{step_folder}/{entry.name} cannot be fetched ({reason}); is the artifact "
