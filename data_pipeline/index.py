@@ -293,6 +293,13 @@ def load_table(index: ShardIndex, shard: int) -> NDArray[np.void]:
         raise DataError(f"the offset table has not {info.num_samples} records", file=path)
     table = np.frombuffer(content, index.record)
     lengths = table["num_tokens"]
-    if int(lengths.sum(dtype=np.int64)) != info.num_tokens or (len(table) and not lengths.all()):
+    if int(lengths.sum(dtype=np.int64)) != info.num_tokens:
         raise DataError(f"the offset table does not sum to {info.num_tokens} tokens", file=path)
+    if len(table) and not lengths.all():
+        raise DataError(
+            "the document has no tokens",
+            file=path,
+            sample=int(np.argmin(lengths)),
+            remedy="prepare the data again, which leaves empty texts out",
+        )
     return table
