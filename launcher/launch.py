@@ -1,4 +1,4 @@
-"""Start the ranks with the stock DeepSpeed launcher, and stop them cleanly when asked."""
+"""Start the ranks of one machine with DeepSpeed's launcher, and signal ranks by process id."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
-from types import FrameType
+from collections.abc import Container, Mapping, Sequence
 
 import psutil
 
+from haloformer.launcher.cluster import Answers, Meeting
 from haloformer.launcher.environment import rank_environment
+from haloformer.launcher.hosts import Host
 from haloformer.launcher.run_dir import RunDir
 
 WORKER_MODULE = "haloformer.launcher.worker"
@@ -25,7 +25,78 @@ class LaunchError(ValueError):
     """The ranks cannot be started."""
 
 
-def choose_port(wanted: int | None) -> int:
+class LocalCluster:
+    """This machine."""
+
+    def __init__(self, num_ranks: int, port: int | None) -> None:
+        """Describe it.
+
+        Args:
+            num_ranks: Processes that it may run.
+            port: On which rank 0 listens, None for a free one.
+        """
+        self.hosts, self._port = (Host("localhost", num_ranks),), port
+
+    def check(self, used: Sequence[Host]) -> None:
+        """See that the port is free.
+
+        Raises:
+            LaunchError: If it is not.
+        """
+        choose_port(self._port)
+
+    def answering(self) -> Answers:
+        """This machine, always."""
+        return Answers(self.hosts, {})
+
+    def meeting(self, used: Sequence[Host]) -> Meeting:
+        """The loopback interface."""
+        return Meeting("127.0.0.1", choose_port(self._port))
+
+    def start(
+        self, run_dir: RunDir, attempt: str, used: Sequence[Host], meeting: Meeting
+    ) -> subprocess.Popen[bytes]:
+        """Start what the `deepspeed` command itself starts on one machine.
+
+        Its own process would only work out these arguments, and importing DeepSpeed once more
+        costs 4 s of every start.
+        """
+        (host,) = used
+        command = [
+            *(sys.executable, "-m", "deepspeed.launcher.launch"),
+            *("--world_info", _world_info(host.slots)),
+            *("--master_addr", meeting.address, "--master_port", str(meeting.port)),
+            *("--log_level", "error", "--quiet", "--module"),
+            *worker_command(run_dir, attempt),
+        ]
+        # A session of its own: Ctrl-C in the terminal must not reach the runner, which would kill
+        # the ranks in the middle of a step.
+        return subprocess.Popen(
+            command, env=rank_environment(host.slots, os.environ), start_new_session=True
+        )
+
+    def ask_stop(self, run_dir: RunDir, runner: subprocess.Popen[bytes]) -> None:
+        """Signal the ranks, or end the runner when there are none yet: it has nothing to lose."""
+        if not signal_ranks(run_dir, signal.SIGTERM):
+            runner.terminate()
+
+    def look(
+        self, run_dir: RunDir, ranks: Mapping[str, Sequence[int]]
+    ) -> dict[str, set[int] | None]:
+        """Which ranks are alive."""
+        return {host: alive_ranks(run_dir, numbers) for host, numbers in ranks.items()}
+
+    def end(self, run_dir: RunDir, ranks: Mapping[str, Sequence[int]]) -> None:
+        """Kill the ranks."""
+        signal_ranks(run_dir, signal.SIGKILL)
+
+
+def worker_command(run_dir: RunDir, attempt: str) -> list[str]:
+    """The worker module and its arguments, as every launcher ends its command."""
+    return [WORKER_MODULE, "--run-dir", str(run_dir.path), "--attempt", attempt]
+
+
+def choose_port(wanted: int | None, address: str = "127.0.0.1") -> int:
     """The port on which rank 0 listens for the others: the one wanted, or a free one.
 
     Raises:
@@ -33,7 +104,7 @@ def choose_port(wanted: int | None) -> int:
     """
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
         try:
-            probe.bind(("127.0.0.1", 0 if wanted is None else wanted))
+            probe.bind((address, 0 if wanted is None else wanted))
         except OSError as error:
             raise LaunchError(
                 f"--master-port {wanted}: {error.strerror}; "
@@ -43,76 +114,42 @@ def choose_port(wanted: int | None) -> int:
         return port
 
 
-def launch_ranks(run_dir: RunDir, num_ranks: int, port: int) -> int:
-    """Run the worker on ``num_ranks`` processes of this machine until they end.
+def alive_ranks(run_dir: RunDir, among: Container[int] | None = None) -> set[int]:
+    """Ranks of this run that are processes of this machine."""
+    return set(_processes(run_dir, among))
 
-    The first SIGINT, SIGTERM or SIGHUP asks the ranks to finish their step, write a checkpoint
-    and end; a second one ends them at once.
 
-    Returns:
-        Exit code of the first rank that failed, 0 when all ended well.
-    """
-    # What the `deepspeed` command itself starts on one machine. Its own process would only work
-    # out these arguments, and importing DeepSpeed once more costs 4 s of every start.
-    command = [
-        *(sys.executable, "-m", "deepspeed.launcher.launch"),
-        *("--world_info", _world_info(num_ranks)),
-        *("--master_addr", "127.0.0.1", "--master_port", str(port)),
-        *("--log_level", "error", "--quiet", "--module"),
-        WORKER_MODULE,
-        *("--run-dir", str(run_dir.path)),
-    ]
-    # A session of its own: Ctrl-C in the terminal must not reach the runner, which would kill
-    # the ranks in the middle of a step.
-    runner = subprocess.Popen(
-        command, env=rank_environment(num_ranks, os.environ), start_new_session=True
-    )
-    with _passing_on_signals(run_dir, runner):
-        code = runner.wait()
-    return code if code >= 0 else 128 - code
+def signal_ranks(
+    run_dir: RunDir, signum: signal.Signals, among: Container[int] | None = None
+) -> bool:
+    """Send a signal to every rank of this run that is alive; False when there was none."""
+    sent = False
+    for process in _processes(run_dir, among).values():
+        try:
+            process.send_signal(signum)
+            sent = True
+        except psutil.NoSuchProcess:
+            continue
+    return sent
+
+
+def _processes(run_dir: RunDir, among: Container[int] | None) -> dict[int, psutil.Process]:
+    found = {}
+    for rank, pid in run_dir.rank_pids().items():
+        if among is not None and rank not in among:
+            continue
+        try:
+            process = psutil.Process(pid)
+            # The number may have gone to another program since, and a dead one whose parent has
+            # not looked is a zombie, with no command line.
+            if WORKER_MODULE in process.cmdline():
+                found[rank] = process
+        except psutil.NoSuchProcess:
+            continue
+    return found
 
 
 def _world_info(num_ranks: int) -> str:
     """Ranks per host, as DeepSpeed's launcher wants it: JSON in URL-safe base64."""
     hosts = {"localhost": list(range(num_ranks))}
     return base64.urlsafe_b64encode(json.dumps(hosts).encode()).decode()
-
-
-@contextmanager
-def _passing_on_signals(run_dir: RunDir, runner: subprocess.Popen[bytes]) -> Iterator[None]:
-    asked = 0
-
-    def stop(signum: int, frame: FrameType | None) -> None:
-        nonlocal asked
-        asked += 1
-        if asked == 1:
-            print(
-                f"\n{signal.Signals(signum).name}: finishing the step and writing a checkpoint; "
-                "once more ends the ranks at once",
-                flush=True,
-            )
-        if not signal_ranks(run_dir, signal.SIGTERM if asked == 1 else signal.SIGKILL):
-            runner.terminate()  # no rank is up yet: the runner has nothing to lose
-
-    handled = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    before = {signum: signal.signal(signum, stop) for signum in handled}
-    try:
-        yield
-    finally:
-        for signum, handler in before.items():
-            signal.signal(signum, handler)
-
-
-def signal_ranks(run_dir: RunDir, signum: signal.Signals) -> bool:
-    """Send a signal to every rank of this run that is alive; False when there was none."""
-    sent = False
-    for pid in run_dir.rank_pids().values():
-        try:
-            process = psutil.Process(pid)
-            # The number may have gone to another program since.
-            if WORKER_MODULE in process.cmdline():
-                process.send_signal(signum)
-                sent = True
-        except psutil.NoSuchProcess:
-            continue
-    return sent

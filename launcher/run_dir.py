@@ -1,4 +1,9 @@
-"""The local folder of a run: its plan, its step records, the pids of its ranks, how it ended."""
+"""The folder of a run: its plan, its step records, the pids and beats of its ranks, its end.
+
+All hosts of a run see it. What ranks and launcher tell each other while a run is going stands in
+records of one fixed size that are overwritten in place: a shared filesystem shows a reader who
+opens them the last ones, while a file that appears or is renamed may take it a minute.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +17,8 @@ from haloformer.configs.load import parse_config
 from haloformer.configs.schema import TrainConfig
 
 State = Literal["running", "finished", "stopped"]
+
+_RECORD_BYTES = 128
 
 
 @dataclass(frozen=True)
@@ -35,6 +42,36 @@ class Plan:
     def train_config(self) -> TrainConfig:
         """The recipe, validated."""
         return parse_config(self.config, "plan")
+
+
+@dataclass(frozen=True)
+class Orders:
+    """What the launcher wants from the ranks.
+
+    Attributes:
+        attempt: The start of the ranks that it is for; ranks of another one end themselves.
+        stop: Finish the step, write a checkpoint and end.
+    """
+
+    attempt: str
+    stop: bool
+
+
+@dataclass(frozen=True)
+class Beat:
+    """A rank's sign of life.
+
+    Attributes:
+        attempt: The start that the rank belongs to.
+        count: Beats so far; clocks of two hosts cannot be compared, this can.
+        step: Steps done.
+        code: Exit code of a rank that has come to its end, None before.
+    """
+
+    attempt: str
+    count: int
+    step: int
+    code: int | None
 
 
 class RunDir:
@@ -70,6 +107,10 @@ class RunDir:
         return self.path / "state.json"
 
     @property
+    def _orders_file(self) -> Path:
+        return self.path / "orders.json"
+
+    @property
     def staging(self) -> Path:
         """Where checkpoints are written before they are uploaded."""
         return self.path / "staging"
@@ -94,6 +135,28 @@ class RunDir:
             if text:  # a rank may be writing it just now
                 pids[int(file.stem)] = int(text)
         return pids
+
+    def write_orders(self, orders: Orders) -> None:
+        """Tell the ranks."""
+        _overwrite(self._orders_file, asdict(orders))
+
+    def read_orders(self) -> Orders | None:
+        """The orders, None while they are being written or before the first."""
+        record = _read_record(self._orders_file)
+        return None if record is None else Orders(**record)
+
+    def write_beat(self, rank: int, beat: Beat) -> None:
+        """Give a sign of life."""
+        _overwrite(self.path / "ranks" / f"{rank}.beat", asdict(beat))
+
+    def read_beats(self, attempt: str) -> dict[int, Beat]:
+        """Rank -> its last beat in an attempt."""
+        beats = {}
+        for file in sorted((self.path / "ranks").glob("*.beat")):
+            record = _read_record(file)
+            if record is not None and record["attempt"] == attempt:
+                beats[int(file.stem)] = Beat(**record)
+        return beats
 
     def write_state(self, state: State, step: int) -> None:
         """Say how far the run came and whether it goes on."""
@@ -141,3 +204,22 @@ def write_atomically(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
+
+
+def _overwrite(path: Path, value: dict[str, Any]) -> None:
+    record = json.dumps(value).ljust(_RECORD_BYTES - 1) + "\n"
+    assert len(record) == _RECORD_BYTES, record
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT, 0o644)
+    try:
+        os.pwrite(descriptor, record.encode("ascii"), 0)
+    finally:
+        os.close(descriptor)  # a network filesystem sends it off here
+
+
+def _read_record(path: Path) -> dict[str, Any] | None:
+    """A record, None if there is none or it is being written."""
+    try:
+        text = path.read_text(encoding="ascii")
+        return None if len(text) != _RECORD_BYTES else dict(json.loads(text))
+    except (FileNotFoundError, json.JSONDecodeError):
+        return None

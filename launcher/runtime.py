@@ -38,7 +38,7 @@ def check_deepspeed() -> None:
         )
 
 
-def init_distributed(timeout: timedelta = timedelta(minutes=30)) -> None:
+def init_distributed(timeout: timedelta = timedelta(minutes=10)) -> None:
     """Start the process group of this rank, over NCCL with a GPU and gloo without.
 
     Reads RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT, as the DeepSpeed runner sets

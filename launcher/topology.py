@@ -19,6 +19,8 @@ with warnings.catch_warnings():
     warnings.filterwarnings("ignore", "`torch.jit", DeprecationWarning)
     from megatron.core import parallel_state
 
+COLLECTIVE_TIMEOUT = timedelta(minutes=10)
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -71,8 +73,12 @@ class Topology:
     device: torch.device
 
 
-def build_topology(layout: Layout) -> Topology:
+def build_topology(layout: Layout, timeout: timedelta = COLLECTIVE_TIMEOUT) -> Topology:
     """Create the groups of a layout. torch.distributed must be up.
+
+    Args:
+        layout: Of the ranks.
+        timeout: After which a collective in one of the groups gives up.
 
     Raises:
         ValueError: If the layout does not fill the world.
@@ -87,6 +93,7 @@ def build_topology(layout: Layout) -> Topology:
         tensor_model_parallel_size=layout.tensor,
         context_parallel_size=layout.context,
         create_gloo_process_groups=False,
+        distributed_timeout_minutes=timeout / timedelta(minutes=1),
     )
     data_context_group = parallel_state.get_data_parallel_group(with_context_parallel=True)
     cuda = dist.get_backend() == "nccl"

@@ -22,6 +22,7 @@ from haloformer.launcher.engine import (
 )
 from haloformer.launcher.exchange import gather_json
 from haloformer.launcher.progress import StepProgress
+from haloformer.launcher.pulse import Pulse
 from haloformer.launcher.run_dir import RunDir
 from haloformer.launcher.schedule import learning_rate
 from haloformer.launcher.tasks import AnyBatch, HeldOutSource, Task
@@ -34,9 +35,13 @@ from haloformer.model.longformer import IGNORED_LABEL
 
 @dataclass
 class StopRequest:
-    """Set by the SIGTERM handler; the ranks agree on it at the next step."""
+    """Set by the SIGTERM handler and by orders; the ranks agree on it at the next step."""
 
     asked: bool = False
+
+    def ask(self) -> None:
+        """Stop after this step, with a checkpoint."""
+        self.asked = True
 
 
 @dataclass(frozen=True)
@@ -87,6 +92,7 @@ class Trainer:
     tracker: Tracker | None
     progress: StepProgress | None
     stop: StopRequest
+    pulse: Pulse
     speed: Speed
 
     def run(self, first_step: int) -> str:
@@ -101,6 +107,7 @@ class Trainer:
         for step in range(first_step, config.steps):
             stopping = self._train_step(step)
             done = step + 1
+            self.pulse.at_step(done)
             last = done == config.steps
             if last or (config.eval.every is not None and done % config.eval.every == 0):
                 self._evaluate(done)

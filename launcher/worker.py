@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 import traceback
+from datetime import timedelta
 from pathlib import Path
 from types import FrameType
 
@@ -19,8 +20,10 @@ from haloformer.configs.load import check_world
 from haloformer.data_pipeline.prefetch import TrainSource
 from haloformer.launcher import throughput
 from haloformer.launcher.checkpoint import CheckpointStore
+from haloformer.launcher.commit import CheckpointError
 from haloformer.launcher.engine import build_engine
 from haloformer.launcher.progress import StepProgress
+from haloformer.launcher.pulse import Pulse
 from haloformer.launcher.run_dir import RunDir
 from haloformer.launcher.runtime import init_distributed
 from haloformer.launcher.tasks import AnyBatch, task_of
@@ -33,6 +36,7 @@ def main() -> int:
     """Train; returns the exit code: 0 done or stopped as asked, 2 the user's input, 1 our fault."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--run-dir", type=Path, required=True)
+    parser.add_argument("--attempt", required=True, help="the start of the run it belongs to")
     parser.add_argument("--local_rank", type=int, required=True, help="set by the runner")
     arguments = parser.parse_args()
     rank = int(os.environ["RANK"])
@@ -40,26 +44,38 @@ def main() -> int:
     logging.basicConfig(level=logging.WARNING, format=f"rank {rank}: %(message)s")
     stop = StopRequest()
     _stop_on_signals(stop)
-    run_dir.announce_rank(rank)
+    pulse = Pulse(run_dir, rank, arguments.attempt, stop.ask)
+    pulse.start()
+    code = 0
     try:
-        run(run_dir, stop)
+        run(run_dir, stop, pulse)
+    except CheckpointError as error:  # the disk's or the server's, not the user's: worth a retry
+        print(f"rank {rank}: error: {error}", file=sys.stderr, flush=True)
+        code = 1
     except ValueError as error:
         print(f"rank {rank}: error: {error}", file=sys.stderr, flush=True)
-        return 2
+        code = 2
     except Exception:
         print(f"rank {rank}:\n{traceback.format_exc()}", file=sys.stderr, flush=True)
-        return 1
-    return 0
+        code = 1
+    pulse.end(code)
+    if code != 0:
+        # A thread that writes a checkpoint may wait for a rank that is gone, for hours.
+        sys.stdout.flush()
+        os._exit(code)
+    return code
 
 
-def run(run_dir: RunDir, stop: StopRequest) -> None:
+def run(run_dir: RunDir, stop: StopRequest, pulse: Pulse) -> None:
     """Build everything that the plan asks for, and train."""
     plan = run_dir.read_plan()
     config = plan.train_config()
-    init_distributed()
+    timeout = timedelta(seconds=config.parallel.collective_timeout)
+    init_distributed(timeout)
     data_size = check_world(config, dist.get_world_size())
     topology = build_topology(
-        Layout(data=data_size, context=config.parallel.context, tensor=config.parallel.tensor)
+        Layout(data=data_size, context=config.parallel.context, tensor=config.parallel.tensor),
+        timeout,
     )
     first = topology.rank == 0
     task = task_of(config)
@@ -75,8 +91,8 @@ def run(run_dir: RunDir, stop: StopRequest) -> None:
         check_identity(state["identity"], train)
         train.load_state(state["data"])
         step = plan.resume_step
-        if first:
-            run_dir.cut_metrics(step)
+    if first:  # records of steps that are about to be trained again, or for the first time
+        run_dir.cut_metrics(-1 if plan.resume_step is None else step)
     trainer = Trainer(
         config=config,
         topology=topology,
@@ -89,6 +105,7 @@ def run(run_dir: RunDir, stop: StopRequest) -> None:
         tracker=Tracker(client, plan.run_id) if first else None,
         progress=StepProgress(config.steps, step, every=10) if first else None,
         stop=stop,
+        pulse=pulse,
         speed=_speed(task.flops_per_token(config, train.facts.vocab_size), topology),
     )
     # Its thread would end with the process as well; here it ends before the groups go down.
@@ -125,7 +142,7 @@ def _speed(flops_per_token: float | None, topology: Topology) -> Speed:
 
 def _stop_on_signals(stop: StopRequest) -> None:
     def ask(signum: int, frame: FrameType | None) -> None:
-        stop.asked = True
+        stop.ask()
 
     signal.signal(signal.SIGTERM, ask)
     # A terminal sends Ctrl-C to the launcher as well; the launcher turns it into SIGTERM.
