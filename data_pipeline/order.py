@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -85,7 +85,7 @@ class EpochOrder:
     Args:
         num_samples: Documents of each shard, int64 [S].
         num_tokens: Tokens of each shard, int64 [S].
-        lengths_of: Token counts of a shard's documents, given its number: int64 [num_samples].
+        lengths_of: Token counts of a shard's documents, given its number: integers [num_samples].
         seed: Seed of the run.
         epoch: Number of the epoch.
         shuffle_block: Permuted shards whose documents are mixed; 1 keeps documents in the order of
@@ -97,7 +97,7 @@ class EpochOrder:
         self,
         num_samples: Ints,
         num_tokens: Ints,
-        lengths_of: Callable[[int], Ints],
+        lengths_of: Callable[[int], NDArray[np.integer[Any]]],
         *,
         seed: int,
         epoch: int,

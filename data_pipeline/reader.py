@@ -25,7 +25,7 @@ from haloformer.data_pipeline.store import Store
 _REMEDY = "restore it from a copy, prepare the data again, or set data.on_corrupt=skip"
 _QUESTIONS = 16  # at a time, to a server
 _MAX_TABLES = 256
-_MAX_CHECKED = 1 << 16  # documents remembered as sound
+_MAX_CHECKED = 1 << 12  # documents remembered as sound; a stream reads one at a time
 _MAX_CACHED_BYTES = 16 << 20  # tokens of short documents that were just checked
 _CHUNK = 1 << 20  # longer documents are checked in chunks and not cached
 
@@ -58,9 +58,9 @@ class ShardReader:
         """Close the open tars."""
         self.index.store.close()
 
-    def lengths(self, shard: int) -> NDArray[np.int64]:
-        """Token counts of a shard's documents, int64 [num_samples]."""
-        return self._table(shard)["num_tokens"].astype(np.int64)
+    def lengths(self, shard: int) -> NDArray[np.uint32]:
+        """Token counts of a shard's documents, uint32 [num_samples], a view of its table."""
+        return self._table(shard)["num_tokens"]
 
     def pair_lengths(self, shard: int, sample: int) -> tuple[int, int]:
         """Tokens of a pair's source, and of source and target, which follows it."""
@@ -97,8 +97,10 @@ class ShardReader:
         Raises:
             CorruptSampleError: If the document is damaged.
         """
-        self.check(shard, sample)
-        cached = self._cache.get((shard, sample))
+        cached = self._cache.get((shard, sample))  # only what was found sound
+        if cached is None:
+            self.check(shard, sample)
+            cached = self._cache.get((shard, sample))
         if cached is not None:
             return cached[start:stop]
         offset, size, _ = self._place(shard, sample)

@@ -19,7 +19,7 @@ from haloformer.data_pipeline.order import EpochOrder, Point, share_of_stream
 from haloformer.data_pipeline.packing import Piece, Span
 from haloformer.data_pipeline.reader import ShardReader
 
-_WINDOW = 32  # documents whose place is computed together
+_WINDOW = 256  # documents whose place is computed together
 _MAX_EPOCHS = 8  # epochs kept in memory; shares are even, so streams are in one or two
 
 
@@ -115,7 +115,7 @@ class Walker:
         epochs: Orders and shares.
         reader: The data set.
         stream: Number of the stream.
-        skip_corrupt: Pass over damaged documents and count them, instead of raising.
+        skip_corrupt: Pass over damaged documents and count them; or they are given like others.
         num_epochs: Stop after so many; None goes on for ever.
     """
 
@@ -173,8 +173,7 @@ class Walker:
         """The next piece of at most ``room`` tokens; None after the last epoch.
 
         Raises:
-            CorruptSampleError: If a document is damaged and damage is not skipped.
-            DataError: If all of the share is damaged.
+            DataError: If all of the share is damaged, and damage is skipped.
         """
         num_turns = 0
         while True:
@@ -194,17 +193,21 @@ class Walker:
             ends_here = position == self._stop.position
             end = self._stop.offset if ends_here else length
             after = self._stop if ends_here else Point(position + 1, 0)
-            try:
-                self._reader.check(shard, sample)
-            except CorruptSampleError:
-                if not self._skip_corrupt:
-                    raise
+            # Whoever stops at damage finds it in reading, which may be another rank's.
+            if self._skip_corrupt and not self._is_sound(shard, sample):
                 self.num_skipped += 1
                 self._at = after
                 continue
             stop = min(offset + room, end)
             self._at = after if stop == end else Point(position, stop)
             return Piece(Span(self._epoch, shard, sample, offset, stop), stop == end)
+
+    def _is_sound(self, shard: int, sample: int) -> bool:
+        try:
+            self._reader.check(shard, sample)
+        except CorruptSampleError:
+            return False
+        return True
 
     def _enter(self, epoch: int) -> None:
         self._epoch = epoch
