@@ -15,29 +15,19 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
-from typing import NamedTuple
+from functools import cached_property
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 
 from haloformer.configs.schema import DataConfig
-from haloformer.data_pipeline.blend import (
-    Blend,
-    Corpora,
-    Facts,
-    as_corpora,
-    facts_of,
-    identity_of,
-    open_corpora,
-)
 from haloformer.data_pipeline.errors import CorruptSampleError, DataError
-from haloformer.data_pipeline.index import ShardIndex, load_index
+from haloformer.data_pipeline.index import Content, ShardIndex
 from haloformer.data_pipeline.order import EpochOrder
 from haloformer.data_pipeline.pairs import PairBatch, PairKey, PairMaker, PairRow
+from haloformer.data_pipeline.rank_stream import HeldOutStream, RankStream
 from haloformer.data_pipeline.reader import ShardReader
-from haloformer.data_pipeline.stream import slots_of_rank
 from haloformer.data_pipeline.tokenizers import Tokenizer
-from haloformer.data_pipeline.workers import Workers
 
 _MAX_EPOCHS = 8  # orders kept in memory; a batch lies in one or two epochs, a huge one in more
 
@@ -111,73 +101,27 @@ class _Line(NamedTuple):
         return _Line(self.epoch + 1, 0) if last else _Line(self.epoch, self.position + 1)
 
 
-class PairTrainStream:
-    """This rank's part of every global batch of pairs, for ever.
+class PairTrainStream(RankStream[_Pairs]):
+    """This rank's part of every global batch of pairs, for ever: see ``RankStream``.
 
-    Args:
-        data: A folder of pairs made by ``prepare`` (its ``train``), a path or URL; or several with
-            weights.
-        config: The recipe's data section, with ``target_len``.
-        seed: Seed of the run: the order.
-        global_batch: Pairs per optimizer step, over all ranks.
-        data_rank: Data-parallel rank (ranks of one context-parallel group pass the same).
-        data_world: Data-parallel ranks; must divide ``global_batch``.
-        pad_multiple: Sources and targets are padded to a multiple of it (the context-parallel
-            size).
-
-    Raises:
-        DataError: If a data set is damaged, holds no pairs, or was made with another tokenizer than
-            the others.
-        ValueError: If the ranks do not divide the batch.
+    The recipe's data section needs ``target_len``. A damaged pair that is skipped becomes padding.
     """
 
-    def __init__(
-        self,
-        data: Corpora,
-        config: DataConfig,
-        *,
-        seed: int,
-        global_batch: int,
-        data_rank: int,
-        data_world: int,
-        pad_multiple: int = 1,
-    ) -> None:
-        self._slots = slots_of_rank(global_batch, data_rank, data_world)
-        self._workers = Workers(config.workers, self._slots)
-        corpora = as_corpora(data)
-        self._blend = Blend([corpus.weight for corpus in corpora], seed)
-        self._config, self._seed, self._global_batch = config, seed, global_batch
-        self._opened: dict[int, list[_Pairs]] = {}  # of each slot's worker, one per corpus
-        for worker in range(self._workers.num_workers):
-            indexes = open_corpora(corpora, "pairs", config.cache)
-            opened = [
-                _Pairs(index, config, pad_multiple=pad_multiple, seed=seed, shuffle=True)
-                for index in indexes
-            ]
-            self._opened |= dict.fromkeys(self._workers.slots_of(worker), opened)
-        self._facts = facts_of(corpora, indexes)
-        self._data_sha256 = identity_of(corpora, indexes)
-        self._num_pairs = [index.num_samples for index in indexes]
-        self._lines = [_Line(0, 0)] * len(indexes)
+    content: ClassVar[Content] = "pairs"
+
+    def _open(self, index: ShardIndex, slots: Sequence[int]) -> _Pairs:
+        return _Pairs(
+            index, self._config, pad_multiple=self._pad_multiple, seed=self._seed, shuffle=True
+        )
+
+    @cached_property
+    def _lines(self) -> list[_Line]:
+        """The state: of a fresh run, the first pairs."""
+        return [_Line(0, 0)] * len(self._first)
 
     @property
-    def facts(self) -> Facts:
-        """What is known about the data."""
-        return self._facts
-
-    @property
-    def tokenizer(self) -> Tokenizer:
-        """The data's own tokenizer."""
-        return self._opened[self._slots[0]][0].tokenizer
-
-    @property
-    def num_skipped(self) -> int:
-        """Damaged pairs of this rank that were replaced by padding since it was built."""
-        return sum(pairs.num_skipped for pairs in self._corpora_of_workers())
-
-    def _corpora_of_workers(self) -> Iterator[_Pairs]:
-        for worker in range(self._workers.num_workers):
-            yield from self._opened[self._workers.slots_of(worker)[0]]
+    def _num_pairs(self) -> list[int]:
+        return [pairs.index.num_samples for pairs in self._first]
 
     def next_batch(self) -> PairBatch:
         """This rank's pairs of the next optimizer step, slots ascending.
@@ -187,11 +131,11 @@ class PairTrainStream:
         """
         step = self._step(self._lines)
         seq_len = self._config.seq_len_at(step)
-        lines, places = list(self._lines), []
+        lines, sizes, places = list(self._lines), self._num_pairs, []
         for slot in range(self._global_batch):
             corpus = self._blend.corpus(step, slot)
             places.append((corpus, lines[corpus]))
-            lines[corpus] = lines[corpus].after(self._num_pairs[corpus])
+            lines[corpus] = lines[corpus].after(sizes[corpus])
 
         def row(slot: int) -> PairRow:
             corpus, line = places[slot]
@@ -199,7 +143,7 @@ class PairTrainStream:
 
         rows = self._workers.map(row)
         self._lines = lines
-        return self._opened[self._slots[0]][0].maker.stack(rows, self._slots)
+        return self._first[0].maker.stack(rows, self._slots)
 
     def _step(self, lines: Sequence[_Line]) -> int:
         """Steps made: a global batch of pairs each."""
@@ -230,76 +174,18 @@ class PairTrainStream:
             )
         self._lines = lines
 
-    def identity(self) -> dict[str, str | int]:
-        """What a state belongs to: equal identities mean that states can be exchanged."""
-        return {
-            "data_sha256": self._data_sha256,
-            "seed": self._seed,
-            "global_batch": self._global_batch,
-            "shuffle_block": self._config.shuffle_block,
-        }
 
-    def close(self) -> None:
-        """End the workers and close the open shards."""
-        self._workers.close()
-        for pairs in self._corpora_of_workers():
-            pairs.reader.close()
+class PairEvalStream(HeldOutStream[_Pairs]):
+    """Held-out pairs in stored order, each once: see ``HeldOutStream``."""
 
+    content: ClassVar[Content] = "pairs"
 
-class PairEvalStream:
-    """Held-out pairs in stored order, each once: the same numbers for any ranks.
-
-    Every rank gives the same number of batches; where no pair is left its row is padding without
-    targets. Iterate as often as you like.
-
-    Args:
-        data_dir: A folder of pairs made by ``prepare`` (its ``eval``).
-        config: The recipe's data section, with ``target_len``.
-        global_batch: Pairs per batch, over all ranks.
-        data_rank: Data-parallel rank.
-        data_world: Data-parallel ranks; must divide ``global_batch``.
-        num_batches: Stop after so many; None reads all.
-        pad_multiple: Sources and targets are padded to a multiple of it.
-        tokenizer_sha256: Refuse a data set of another tokenizer than this.
-
-    Raises:
-        DataError: If the data set is damaged, holds no pairs, or has another tokenizer.
-        ValueError: If the ranks do not divide the batch.
-    """
-
-    def __init__(
-        self,
-        data_dir: Path | str,
-        config: DataConfig,
-        *,
-        global_batch: int,
-        data_rank: int,
-        data_world: int,
-        num_batches: int | None = None,
-        pad_multiple: int = 1,
-        tokenizer_sha256: str | None = None,
-    ) -> None:
-        self._slots = slots_of_rank(global_batch, data_rank, data_world)
-        self._global_batch, self._num_batches = global_batch, num_batches
-        index = load_index(data_dir, config.cache)
-        index.check_content("pairs")
-        if tokenizer_sha256 is not None:
-            index.check_tokenizer(tokenizer_sha256, "the training data")
-        self._pairs = _Pairs(index, config, pad_multiple=pad_multiple, seed=0, shuffle=False)
-
-    @property
-    def index(self) -> ShardIndex:
-        """What is known about the data set."""
-        return self._pairs.index
-
-    @property
-    def tokenizer(self) -> Tokenizer:
-        """The data set's own tokenizer."""
-        return self._pairs.tokenizer
+    def _open(self, index: ShardIndex) -> _Pairs:
+        return _Pairs(index, self._config, pad_multiple=self._pad_multiple, seed=0, shuffle=False)
 
     def __iter__(self) -> Iterator[PairBatch]:
         """One pass."""
-        pairs, num_pairs, seq_len = self._pairs, self.index.num_samples, self._pairs.config.seq_len
+        pairs, num_pairs, seq_len = self._corpus, self.index.num_samples, self._config.seq_len
         num_batches = -(-num_pairs // self._global_batch)
         if self._num_batches is not None:
             num_batches = min(num_batches, self._num_batches)
@@ -313,7 +199,7 @@ class PairEvalStream:
 
     def texts(self, key: PairKey) -> tuple[str, str]:
         """Source and target of a pair as they were written, not cut."""
-        pairs = self._pairs
+        pairs = self._corpus
         num_source, num_tokens = pairs.reader.pair_lengths(key.shard, key.sample)
         parts = ((0, num_source), (num_source, num_tokens))
         source, target = (
@@ -321,7 +207,3 @@ class PairEvalStream:
             for part in parts
         )
         return source, target
-
-    def close(self) -> None:
-        """Close the open shards."""
-        self._pairs.reader.close()
