@@ -7,11 +7,10 @@ import json
 import os
 from typing import Any
 
-from mlflow import MlflowClient
-
 from haloformer.configs.schema import TrackingConfig
 from haloformer.launcher import tracking
 from haloformer.launcher.catalog import Catalog
+from haloformer.launcher.known_runs import KnownRun, find_runs
 from haloformer.launcher.manifest import Manifest
 
 
@@ -38,9 +37,9 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
 def run(arguments: argparse.Namespace) -> int:
     """Run the command; returns 0, or 2 if a checkpoint is damaged."""
     uri = tracking.tracking_uri(TrackingConfig(), os.environ.get("MLFLOW_TRACKING_URI"))
-    client = tracking.connect(uri)
-    run_id = _run_id(client, arguments.run, arguments.experiment)
-    catalog = Catalog(client, run_id)
+    known = _find(uri, arguments.run, arguments.experiment)
+    run_id = known.run_id
+    catalog = Catalog(known.artifacts(), run_id)
     rows = [
         _describe(manifest, catalog.verify(manifest) if arguments.verify else None)
         for manifest in catalog.committed()
@@ -57,18 +56,14 @@ def run(arguments: argparse.Namespace) -> int:
     return 2 if any(row["fault"] for row in rows) else 0
 
 
-def _run_id(client: MlflowClient, wanted: str, experiment: str) -> str:
-    if wanted != "latest":
-        found: str = tracking.find_run(client, wanted).info.run_id
-        return found
-    newest = next(tracking.runs_newest_first(client, experiment, None), None)
-    if newest is None:
+def _find(uri: str, wanted: str, experiment: str) -> KnownRun:
+    known = next(find_runs(wanted, TrackingConfig(experiment=experiment), uri), None)
+    if known is None:
         raise tracking.TrackingError(
-            f"no run in experiment {experiment} at {client.tracking_uri}; train one first, or "
-            "name another with --experiment"
+            f"no run in experiment {experiment} at {uri}; train one first, or name another with "
+            "--experiment"
         )
-    run_id: str = newest.info.run_id
-    return run_id
+    return known
 
 
 def _describe(manifest: Manifest, fault: str | None) -> dict[str, Any]:

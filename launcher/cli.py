@@ -19,6 +19,7 @@ COMMANDS = {
     "data": "haloformer.data_pipeline.data_cli",
     "train": "haloformer.launcher.train_command",
     "checkpoints": "haloformer.launcher.checkpoints_command",
+    "sync": "haloformer.launcher.sync",
     "convert": "haloformer.launcher.convert_command",
     "export": "haloformer.launcher.export_command",
     "generate": "haloformer.launcher.generate_command",

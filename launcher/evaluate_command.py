@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING
 
 from mlflow.entities import Metric
+from mlflow.exceptions import MlflowException
 
 from haloformer.configs.schema import DataConfig, LedConfig, TrackingConfig
 from haloformer.data_pipeline.seq2seq import PairEvalStream
@@ -101,10 +101,10 @@ def run(arguments: argparse.Namespace) -> int:
     answered = _answer_all(arguments, trained, pairs)
     seconds = time.perf_counter() - start
     scores = _score(scorer, answered)
-    _log(found, scores)
+    told = _log(found, scores)
     print(f"run {run_id}, step {trained.step}: {len(answered)} pairs of {arguments.data}")
     print(_table(scores))
-    print(f"{seconds / len(answered):.1f} s per answer; logged to MLflow")
+    print(f"{seconds / len(answered):.1f} s per answer; {told}")
     if arguments.json is not None:
         record = {"run_id": run_id, "step": trained.step, "data": str(arguments.data)}
         pairs_json = [asdict(one) for one in answered]
@@ -194,13 +194,19 @@ def _table(scores: dict[str, dict[str, float]]) -> str:
     return "\n".join(lines)
 
 
-def _log(found: Found, scores: dict[str, dict[str, float]]) -> None:
-    """Into the run, as metrics of the checkpoint's step."""
+def _log(found: Found, scores: dict[str, dict[str, float]]) -> str:
+    """Into the run, as metrics of the checkpoint's step; says whether that worked."""
     now, step = int(time.time() * 1000), found.manifest.step
     metrics = [
         Metric(f"{name.replace(' ', '_')}_{kind}", value, now, step)
         for name, values in scores.items()
         for kind, value in values.items()
     ]
-    uri = tracking.tracking_uri(TrackingConfig(), os.environ.get("MLFLOW_TRACKING_URI"))
-    tracking.connect(uri).log_batch(found.catalog.run_id, metrics=metrics)
+    known = found.known
+    if known.mlflow_id is None:
+        return f"not logged: MLflow does not know the run yet (haloformer sync {known.run_id})"
+    try:
+        tracking.connect(known.tracking_uri).log_batch(known.mlflow_id, metrics=metrics)
+    except (tracking.TrackingAwayError, MlflowException) as error:
+        return f"not logged to MLflow ({' '.join(str(error).split())[:200]})"
+    return "logged to MLflow"

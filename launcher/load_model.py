@@ -11,22 +11,24 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
 from haloformer.configs.load import parse_config
 from haloformer.configs.schema import CharLmConfig, TrackingConfig, TrainConfig
 from haloformer.data_pipeline.index import ShardIndex, load_index
 from haloformer.data_pipeline.remote import split_address
-from haloformer.data_pipeline.tokenizers import Tokenizer
+from haloformer.data_pipeline.tokenizers import TOKENIZER_FILES, Tokenizer, load_tokenizer
 from haloformer.launcher import tracking
 from haloformer.launcher.catalog import Catalog, folder_of
+from haloformer.launcher.known_runs import RUNS, KnownRun, find_runs
 from haloformer.launcher.manifest import Manifest
+from haloformer.launcher.run_page import TOKENIZER
 from haloformer.model.convert import plain_from_config
 from haloformer.model.hf_config import TokenIds
 from haloformer.model.plain import PlainMaskedLM
@@ -37,6 +39,7 @@ from haloformer.model.plain_led import PlainLed
 class Found:
     """A committed checkpoint, and where it is."""
 
+    known: KnownRun
     catalog: Catalog
     manifest: Manifest
 
@@ -77,11 +80,12 @@ def load_run(
         run: Its id, or ``latest``.
         step: The checkpoint of this step instead; damaged files are then an error.
         experiment: Where ``latest`` is looked for; None is the default experiment.
-        data: Where the run's training data is now; None is where it was.
+        data: The run's training data, for a tokenizer that is not among the run's artifacts;
+            None is where it was.
 
     Raises:
-        ValueError: If there is no such run or checkpoint, it is damaged, its data has moved, or
-            the model is one that has no plain form.
+        ValueError: If there is no such run or checkpoint, it is damaged, its tokenizer is not
+            there, or the model is one that has no plain form.
     """
     return load_found(find_checkpoint(run, step, experiment), data)
 
@@ -93,10 +97,9 @@ def find_checkpoint(run: str, step: int | None, experiment: str | None) -> Found
         ValueError: If there is none, or the one that is named is damaged.
     """
     uri = tracking.tracking_uri(TrackingConfig(), os.environ.get("MLFLOW_TRACKING_URI"))
-    client = tracking.connect(uri)
     where = TrackingConfig().experiment if experiment is None else experiment
-    for run_id in _candidates(client, run, where):
-        catalog = Catalog(client, run_id)
+    for known in find_runs(run, TrackingConfig(experiment=where), uri):
+        run_id, catalog = known.run_id, Catalog(known.artifacts(), known.run_id)
         if step is not None and catalog.committed():
             manifest = catalog.find(step)
             fault = catalog.verify(manifest)
@@ -105,10 +108,10 @@ def find_checkpoint(run: str, step: int | None, experiment: str | None) -> Found
                     f"checkpoint step {step} of run {run_id} is damaged: {fault}; leave out "
                     "--step to take the newest that is whole"
                 )
-            return Found(catalog, manifest)
+            return Found(known, catalog, manifest)
         newest = catalog.newest_valid()
         if newest is not None:
-            return Found(catalog, newest)
+            return Found(known, catalog, newest)
     place = f"experiment {where} at {uri}" if run == "latest" else f"run {run}"
     raise ValueError(
         f"{place} has no committed checkpoint; train first, or name another run or --experiment"
@@ -120,7 +123,7 @@ def load_found(found: Found, data: Path | str | None = None) -> TrainedModel:
 
     Args:
         found: The checkpoint.
-        data: Where the run's training data is now; None is where it was.
+        data: As for ``load_run``.
 
     Raises:
         ValueError: As ``load_run``.
@@ -132,11 +135,12 @@ def load_found(found: Found, data: Path | str | None = None) -> TrainedModel:
             f"run {run_id} is a char_lm, which transformers has no model for: only longformer_mlm "
             "and led runs can be loaded outside of training"
         )
-    index = _index_of_run(config, manifest, run_id, data)
-    tokenizer = index.load_tokenizer()
+    tokenizer = _kept_tokenizer(found) if data is None else None
+    if tokenizer is None:
+        tokenizer = _index_of_run(config, manifest, run_id, data).load_tokenizer()
     special = tokenizer.specials
     tokens = TokenIds(bos=special.bos, pad=special.pad, eos=special.eos)
-    model = plain_from_config(config.model, index.vocab_size, tokens)
+    model = plain_from_config(config.model, tokenizer.vocab_size, tokens)
     # It brings DeepSpeed along, seconds that an error above need not wait for.
     from haloformer.launcher.fragments import load_weights
 
@@ -145,12 +149,26 @@ def load_found(found: Found, data: Path | str | None = None) -> TrainedModel:
     return TrainedModel(model, config, tokenizer, run_id, manifest.step)
 
 
-def _candidates(client: MlflowClient, run: str, experiment: str) -> Iterator[str]:
-    if run != "latest":
-        yield tracking.find_run(client, run).info.run_id
-        return
-    for found in tracking.runs_newest_first(client, experiment, None):
-        yield found.info.run_id
+def _kept_tokenizer(found: Found) -> Tokenizer | None:
+    """The tokenizer among the run's artifacts, None if there is none.
+
+    A run whose records are still on their way to the server has it in its folder.
+    """
+    documents = RUNS / found.known.run_id / "documents" / TOKENIZER
+    if documents.is_dir():
+        return load_tokenizer(documents)
+    artifacts = found.catalog.artifacts
+    names = artifacts.list_folder(TOKENIZER)
+    if not names:
+        return None
+    with tempfile.TemporaryDirectory() as scratch:
+        for name in set(names) & set(TOKENIZER_FILES):
+            path = artifacts.local_path(f"{TOKENIZER}/{name}")
+            if path is None:
+                artifacts.fetch(f"{TOKENIZER}/{name}", Path(scratch))
+            else:
+                shutil.copy(path, scratch)
+        return load_tokenizer(Path(scratch))
 
 
 def _index_of_run(
@@ -163,7 +181,8 @@ def _index_of_run(
     if data is None and isinstance(place, Path) and not place.exists():
         raise ValueError(
             f"run {run_id} was trained on {folder}, which is not there (seen from {Path.cwd()}), "
-            "and its tokenizer is in that folder; say where the training data is now with --data"
+            "and its tokenizer is not among the run's artifacts; say where the data is now with "
+            "--data"
         )
     index = load_index(folder, config.data.cache)
     identity = manifest.state.get("identity")

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from mlflow import MlflowClient
-
 from haloformer.configs.schema import TrainConfig
 from haloformer.launcher import tracking
 from haloformer.launcher.catalog import Catalog
+from haloformer.launcher.known_runs import KnownRun, find_runs
 
 # What may differ between a run and its continuation: none of it changes what a step computes,
 # but for steps, which move the learning rate of the steps to come as people want by it.
@@ -16,11 +15,11 @@ _FREE_ON_RESUME = (
 )
 
 
-def resume_point(client: MlflowClient, config: TrainConfig, wanted: str) -> tuple[str, int] | None:
+def resume_point(uri: str, config: TrainConfig, wanted: str) -> tuple[KnownRun, int] | None:
     """The run to continue and the step of its newest good checkpoint.
 
     Args:
-        client: Of the tracking server.
+        uri: Of the tracking server, which may be away when the run's folder is here.
         config: The recipe.
         wanted: A run id; "latest" is the newest run of the recipe's name that has a checkpoint,
             "auto" the same, or None when there is none.
@@ -28,13 +27,10 @@ def resume_point(client: MlflowClient, config: TrainConfig, wanted: str) -> tupl
     Raises:
         ValueError: If there is none, or the recipe differs where a continuation must not.
     """
-    if wanted in ("latest", "auto"):
-        runs = tracking.runs_newest_first(client, config.tracking.experiment, config.name)
-        candidates = [run.info.run_id for run in runs]
-    else:
-        candidates = [tracking.find_run(client, wanted).info.run_id]
-    for run_id in candidates:
-        newest = Catalog(client, run_id).newest_valid()
+    asked = "latest" if wanted == "auto" else wanted
+    for known in find_runs(asked, config.tracking, uri, config.name):
+        run_id = known.run_id
+        newest = Catalog(known.artifacts(), run_id).newest_valid()
         if newest is None:
             continue
         # Through the schema: a key that is newer than the checkpoint had its default then.
@@ -44,8 +40,7 @@ def resume_point(client: MlflowClient, config: TrainConfig, wanted: str) -> tupl
                 f"run {run_id} has already trained {newest.step} of {config.steps} steps; "
                 f"raise steps to go on, such as steps={newest.step * 2}"
             )
-        tracking.reopen_run(client, run_id)
-        return run_id, newest.step
+        return known, newest.step
     if wanted == "auto":
         return None
     raise ValueError(

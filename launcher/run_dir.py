@@ -28,6 +28,7 @@ class Plan:
     Attributes:
         run_id: MLflow run.
         tracking_uri: MLflow tracking server or database.
+        artifact_uri: Where the run's checkpoints are, so that no rank need ask the server.
         config: The recipe, as JSON.
         world_size: Ranks in all.
         resume_step: Step of the committed checkpoint to continue from, None for a fresh start.
@@ -35,6 +36,7 @@ class Plan:
 
     run_id: str
     tracking_uri: str
+    artifact_uri: str
     config: dict[str, Any]
     world_size: int
     resume_step: int | None

@@ -12,7 +12,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
 from haloformer.configs.load import ConfigError, check_world
@@ -21,6 +20,7 @@ from haloformer.launcher.attempt import Ending, StopSignals, run_attempt
 from haloformer.launcher.catalog import Catalog
 from haloformer.launcher.cluster import Cluster
 from haloformer.launcher.hosts import Host, HostsError, fill, num_slots
+from haloformer.launcher.known_runs import KnownRun
 from haloformer.launcher.run_dir import Plan, RunDir
 from haloformer.launcher.watch import Fault
 
@@ -46,7 +46,7 @@ class Job:
     """A run that is to be trained to its end.
 
     Attributes:
-        client: Of the tracking server.
+        known: The run.
         cluster: Where it runs.
         run_dir: Its folder.
         plan: Of the next attempt.
@@ -54,7 +54,7 @@ class Job:
         used: Hosts of the next attempt, each with the ranks it gets.
     """
 
-    client: MlflowClient
+    known: KnownRun
     cluster: Cluster
     run_dir: RunDir
     plan: Plan
@@ -67,7 +67,7 @@ class Job:
 
     def newest_step(self) -> int | None:
         """Step of the newest checkpoint whose files are whole, None if there is none."""
-        newest = Catalog(self.client, self.plan.run_id).newest_valid()
+        newest = Catalog(self.known.artifacts(), self.known.run_id).newest_valid()
         return None if newest is None else newest.step
 
 
@@ -163,16 +163,17 @@ def _next(job: Job, step: int | None, tries: int, say: Callable[[str], None]) ->
 
 
 def _patiently(job: Job, signals: StopSignals, say: Callable[[str], None]) -> int | None:
-    """The newest checkpoint, also when the tracking server was on the host that was lost."""
+    """The newest checkpoint, also when the store of artifacts was on the host that was lost."""
     while True:
         try:
-            job.client.update_run(job.plan.run_id, status="RUNNING")
             return job.newest_step()
-        except MlflowException as error:
+        except (MlflowException, OSError) as error:
             if signals.count > 0:
                 return None
             said = " ".join(str(error).split())[:200]
-            say(f"the tracking server does not answer ({said}); asking again in {_PAUSE_S:.0f} s")
+            say(
+                f"the store of artifacts does not answer ({said}); asking again in {_PAUSE_S:.0f} s"
+            )
             time.sleep(_PAUSE_S)
 
 

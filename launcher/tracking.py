@@ -1,28 +1,37 @@
-"""MLflow: where runs live, and what the ranks tell it."""
+"""MLflow: which server, whether it answers, experiments and runs in it."""
 
 from __future__ import annotations
 
 import logging
-import time
+import ssl
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from mlflow import MlflowClient
-from mlflow.entities import Experiment, Metric, Param, Run, RunStatus, RunTag
+from mlflow.entities import Experiment, Run
+from mlflow.environment_variables import MLFLOW_HTTP_REQUEST_MAX_RETRIES
 from mlflow.exceptions import MlflowException
-from mlflow.utils.async_logging.run_operations import RunOperations
 
-from haloformer.configs.schema import TrackingConfig, TrainConfig
+from haloformer.configs.schema import TrackingConfig
+from haloformer.launcher.artifacts import may_pass
 
-_log = logging.getLogger(__name__)
-
+RECIPE_TAG = "haloformer.recipe"
 # MLflow refuses longer parameter values.
-_PARAM_LIMIT = 6000
+PARAM_LIMIT = 6000
+
+_CONNECT_S = 5.0
+_GATEWAY_FAULTS = (502, 503, 504)
 
 
 class TrackingError(ValueError):
     """The tracking server or a run in it cannot be used."""
+
+
+class TrackingAwayError(TrackingError):
+    """The tracking server does not answer now; it may in a while."""
 
 
 def tracking_uri(config: TrackingConfig, environment: str | None) -> str:
@@ -39,21 +48,44 @@ def connect(uri: str) -> MlflowClient:
     """A client, after asking the server one question.
 
     Raises:
-        TrackingError: If the server does not answer.
+        TrackingAwayError: If a server over the network does not answer.
+        TrackingError: If the address is wrong, or the database cannot be used.
     """
+    if not MLFLOW_HTTP_REQUEST_MAX_RETRIES.is_set():
+        # By itself MLflow goes on asking for minutes; we try again where it matters. The ranks
+        # inherit it.
+        MLFLOW_HTTP_REQUEST_MAX_RETRIES.set(1)
     # At first use MLflow narrates how it creates its tables.
     for name in ("mlflow.store.db.utils", "alembic"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    is_server = uri.startswith(("http://", "https://"))
     try:
+        if is_server:
+            _knock(uri)
         client = MlflowClient(tracking_uri=uri)
         client.search_experiments(max_results=1)
     except (MlflowException, OSError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise TrackingError(
+        kind = TrackingAwayError if is_server and may_pass(error) else TrackingError
+        raise kind(
             f"tracking server {uri} does not answer ({reason}); start it, or unset tracking.uri "
             "and MLFLOW_TRACKING_URI to use a database in this folder"
         ) from error
     return client
+
+
+def _knock(uri: str) -> None:
+    """See that somebody listens: MLflow itself waits two minutes for a silent host."""
+    try:
+        urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=_CONNECT_S).close()
+    except urllib.error.HTTPError as error:
+        error.close()
+        if error.code in _GATEWAY_FAULTS:
+            raise OSError(f"status {error.code} from a gateway") from error
+    except urllib.error.URLError as error:
+        # MLflow has its own settings for certificates, and will say what it thinks of this one.
+        if not isinstance(error.reason, ssl.SSLError):
+            raise
 
 
 def experiment_of(client: MlflowClient, config: TrackingConfig) -> Experiment:
@@ -79,18 +111,6 @@ def experiment_of(client: MlflowClient, config: TrackingConfig) -> Experiment:
     return created
 
 
-def create_run(client: MlflowClient, experiment: Experiment, config: TrainConfig) -> Run:
-    """A new run, with every key of the recipe as a searchable parameter."""
-    run = client.create_run(experiment.experiment_id, run_name=config.name)
-    params = [
-        Param(key, str(value)[:_PARAM_LIMIT])
-        for key, value in flatten(config.model_dump(mode="json"))
-    ]
-    tags = [RunTag("haloformer.recipe", config.name)]
-    client.log_batch(run.info.run_id, params=params, tags=tags)
-    return run
-
-
 def find_run(client: MlflowClient, run_id: str) -> Run:
     """A run by id.
 
@@ -111,7 +131,7 @@ def runs_newest_first(client: MlflowClient, experiment: str, recipe: str | None)
     found = client.get_experiment_by_name(experiment)
     if found is None:
         return
-    wanted = f"tags.`haloformer.recipe` = '{recipe}'" if recipe is not None else ""
+    wanted = f"tags.`{RECIPE_TAG}` = '{recipe}'" if recipe is not None else ""
     token = None
     while True:
         page = client.search_runs(
@@ -123,39 +143,8 @@ def runs_newest_first(client: MlflowClient, experiment: str, recipe: str | None)
             return
 
 
-class Tracker:
-    """Metrics of a run, sent by rank 0 without waiting for the server."""
-
-    def __init__(self, client: MlflowClient, run_id: str) -> None:
-        self._client, self._run_id = client, run_id
-        self._last: RunOperations | None = None
-
-    def log(self, step: int, values: dict[str, float]) -> None:
-        """Send metrics of one step."""
-        now = int(time.time() * 1000)
-        metrics = [Metric(key, value, now, step) for key, value in values.items()]
-        self._last = self._client.log_batch(self._run_id, metrics=metrics, synchronous=False)
-
-    def tag(self, key: str, value: str) -> None:
-        """Set a tag."""
-        self._client.set_tag(self._run_id, key, value)
-
-    def close(self, status: str) -> None:
-        """Send what is left and end the run: FINISHED, FAILED or KILLED."""
-        if self._last is not None:
-            try:
-                self._last.wait()  # batches are sent in order: after the last, all are there
-            except MlflowException as error:
-                _log.warning("metrics may be missing from run %s: %s", self._run_id, error)
-        self._client.set_terminated(self._run_id, status)
-
-
-def reopen_run(client: MlflowClient, run_id: str) -> None:
-    """Mark an ended run as running again."""
-    client.update_run(run_id, status=RunStatus.to_string(RunStatus.RUNNING))
-
-
 def flatten(value: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Keys such as ``optim.learning_rate``, with their values."""
     for key, item in value.items():
         if isinstance(item, dict):
             yield from flatten(item, f"{prefix}{key}.")

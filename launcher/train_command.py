@@ -8,23 +8,27 @@ import sys
 from pathlib import Path
 
 from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
 
 from haloformer.configs.load import check_world, load_config
 from haloformer.configs.schema import TrainConfig
 from haloformer.configs.sizes import num_parameters
+from haloformer.data_pipeline.index import load_index
 from haloformer.launcher import tracking
 from haloformer.launcher.attempt import StopSignals
 from haloformer.launcher.catalog import Catalog, check_disk
 from haloformer.launcher.cluster import Cluster
 from haloformer.launcher.clusters import cluster_of
 from haloformer.launcher.hosts import Host, fill, num_slots
+from haloformer.launcher.known_runs import RUNS, KnownRun, start_run
 from haloformer.launcher.plot import write_curve
 from haloformer.launcher.resume import resume_point
 from haloformer.launcher.run_dir import Plan, RunDir
+from haloformer.launcher.run_page import describe_run
 from haloformer.launcher.sources import check_data
+from haloformer.launcher.spool import Spool
 from haloformer.launcher.supervise import Job, supervise
-
-RUNS = Path("runs")
+from haloformer.launcher.sync import tell_server
 
 
 def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -79,10 +83,9 @@ def run(arguments: argparse.Namespace) -> int:
         watched = arguments.supervise
         ending = supervise(job, signals, _say) if watched else job.attempt(signals)
     outcome = ending.describe()
-    client, run_id = job.client, job.plan.run_id
     if ending.code != 0:
-        client.set_terminated(run_id, "FAILED")
-    _report(client, config, job.run_dir, run_id, outcome)
+        Spool(job.run_dir.path).add_status("FAILED")
+    _report(config, job, outcome)
     print(f"  to go on     {_continuation(arguments, config, job, outcome)}")
     return ending.code
 
@@ -95,26 +98,36 @@ def _prepare(
     used: tuple[Host, ...],
 ) -> Job:
     """The run, new or to be continued, ready to start."""
-    client = tracking.connect(
-        tracking.tracking_uri(config.tracking, os.environ.get("MLFLOW_TRACKING_URI"))
-    )
-    experiment = tracking.experiment_of(client, config.tracking)
-    check_disk(
-        experiment.artifact_location,
-        RUNS,
-        num_parameters(config.model, vocab_size),
-        config.checkpoint.keep_last,
-    )
-    found = None
-    if arguments.resume is not None:
-        found = resume_point(client, config, arguments.resume)
+    uri = tracking.tracking_uri(config.tracking, os.environ.get("MLFLOW_TRACKING_URI"))
+    client = _server(uri)
+    location = str(RUNS)
+    if client is not None:
+        location = tracking.experiment_of(client, config.tracking).artifact_location
+    size = num_parameters(config.model, vocab_size)
+    check_disk(location, RUNS, size, config.checkpoint.keep_last)
+    found = None if arguments.resume is None else resume_point(uri, config, arguments.resume)
     if found is None:
-        run_id, step = tracking.create_run(client, experiment, config).info.run_id, None
+        known, step = start_run(client, uri, config.tracking, config.name, RUNS), None
+        index = load_index(config.data.corpora[0].path, config.data.cache)
+        spool = Spool((RUNS / known.run_id).resolve())
+        describe_run(spool, config, index, num_slots(used), sys.argv)
     else:
-        run_id, step = found
+        known, step = found
+    run_dir = RunDir((RUNS / known.run_id).resolve())
+    run_dir.path.mkdir(parents=True, exist_ok=True)
+    known.save(run_dir.path)
     values = config.model_dump(mode="json")
-    plan = Plan(run_id, client.tracking_uri, values, num_slots(used), step)
-    return Job(client, cluster, RunDir((RUNS / run_id).resolve()), plan, config, used)
+    plan = Plan(known.run_id, uri, known.artifact_uri, values, num_slots(used), step)
+    return Job(known, cluster, run_dir, plan, config, used)
+
+
+def _server(uri: str) -> MlflowClient | None:
+    """A client, None while the server is away: training does not wait for it."""
+    try:
+        return tracking.connect(uri)
+    except tracking.TrackingAwayError as error:
+        print(f"warning: {error}. Training starts without it.", file=sys.stderr, flush=True)
+        return None
 
 
 def _say(text: str) -> None:
@@ -141,18 +154,34 @@ def _announce(config: TrainConfig, vocab_size: int, job: Job) -> None:
     )
 
 
-def _report(
-    client: MlflowClient, config: TrainConfig, run_dir: RunDir, run_id: str, outcome: str
-) -> None:
-    """Draw the curve and say where everything is."""
+def _report(config: TrainConfig, job: Job, outcome: str) -> None:
+    """Draw the curve, tell MLflow the rest, and say where everything is."""
+    run_dir, known = job.run_dir, job.known
     fault = write_curve(run_dir.read_metrics(), config.name, run_dir.curve_file)
     if fault is None:
-        client.log_artifact(run_id, str(run_dir.curve_file))
-    steps = [entry.step for entry in Catalog(client, run_id).committed()]
-    print(f"\nrun {run_id} {outcome}")
-    print(f"  checkpoints  {', '.join(f'step {step}' for step in steps) or 'none'}")
+        Spool(run_dir.path).add_artifact(run_dir.curve_file)
+    told = tell_server(run_dir.path)
+    print(f"\nrun {known.run_id} {outcome}")
+    print(f"  checkpoints  {_checkpoints(known)}")
     print(f"  loss curve   {run_dir.curve_file if fault is None else fault}")
-    print(f"  MLflow       {_program('mlflow')} ui --backend-store-uri {client.tracking_uri}")
+    print(f"  MLflow       {_page(known.tracking_uri)}")
+    if told is not None:
+        print(f"               {told}; later: {_program('haloformer')} sync {known.run_id}")
+
+
+def _checkpoints(known: KnownRun) -> str:
+    try:
+        steps = [entry.step for entry in Catalog(known.artifacts(), known.run_id).committed()]
+    except (MlflowException, OSError) as error:
+        return f"the store does not answer ({' '.join(str(error).split())[:100]})"
+    return ", ".join(f"step {step}" for step in steps) or "none"
+
+
+def _page(uri: str) -> str:
+    """How to look at the runs."""
+    if uri.startswith("http"):
+        return uri
+    return f"{_program('mlflow')} ui --backend-store-uri {uri}"
 
 
 def _continuation(

@@ -28,7 +28,7 @@ from haloformer.launcher.schedule import learning_rate
 from haloformer.launcher.tasks import AnyBatch, HeldOutSource, Task
 from haloformer.launcher.throughput import peak_memory_bytes
 from haloformer.launcher.topology import Topology
-from haloformer.launcher.tracking import Tracker
+from haloformer.launcher.tracker import Tracker
 from haloformer.model.dropout_sites import DropoutStep
 from haloformer.model.longformer import IGNORED_LABEL
 

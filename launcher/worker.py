@@ -19,6 +19,7 @@ import torch.distributed as dist
 from haloformer.configs.load import check_world
 from haloformer.data_pipeline.prefetch import TrainSource
 from haloformer.launcher import throughput
+from haloformer.launcher.artifacts import ArtifactFolder
 from haloformer.launcher.checkpoint import CheckpointStore
 from haloformer.launcher.commit import CheckpointError
 from haloformer.launcher.engine import build_engine
@@ -28,7 +29,7 @@ from haloformer.launcher.run_dir import RunDir
 from haloformer.launcher.runtime import init_distributed
 from haloformer.launcher.tasks import AnyBatch, task_of
 from haloformer.launcher.topology import Layout, Topology, build_topology
-from haloformer.launcher.tracking import Tracker, connect
+from haloformer.launcher.tracker import Tracker
 from haloformer.launcher.trainer import Speed, StopRequest, Trainer
 
 
@@ -83,8 +84,8 @@ def run(run_dir: RunDir, stop: StopRequest, pulse: Pulse) -> None:
     torch.manual_seed(config.seed)  # the same weights on every rank and every layout
     model = task.build_model(config, train.facts.vocab_size, topology)
     engine = build_engine(model, config, topology)
-    client = connect(plan.tracking_uri)
-    store = CheckpointStore(client, plan.run_id, config, run_dir.staging, topology)
+    artifacts = ArtifactFolder(plan.artifact_uri, plan.tracking_uri)
+    store = CheckpointStore(artifacts, plan.run_id, config, run_dir.staging, topology)
     step = 0
     if plan.resume_step is not None:
         state = store.load(engine, plan.resume_step)
@@ -102,7 +103,7 @@ def run(run_dir: RunDir, stop: StopRequest, pulse: Pulse) -> None:
         held_out=held_out,
         store=store,
         run_dir=run_dir,
-        tracker=Tracker(client, plan.run_id) if first else None,
+        tracker=Tracker(run_dir.path, plan.resume_step) if first else None,
         progress=StepProgress(config.steps, step, every=10) if first else None,
         stop=stop,
         pulse=pulse,

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -156,18 +157,32 @@ def test_a_damaged_checkpoint_is_passed_over_and_refused_by_step():
     assert load_run("latest").step == 4
 
 
-def test_data_that_moved_is_named_and_can_be_named(tmp_path, monkeypatch, capsys):
+def test_a_run_outlives_its_data_by_the_tokenizer_among_its_artifacts(
+    tmp_path, monkeypatch, capsys
+):
     database = f"sqlite:///{Path('mlflow.db').resolve()}"
-    data = Path("data").resolve()
+    data, artifacts = (
+        Path("data").resolve(),
+        find_checkpoint("latest", None, None).known.artifacts(),
+    )
     monkeypatch.setenv("MLFLOW_TRACKING_URI", database)
     monkeypatch.chdir(tmp_path)
-    assert main(["export", "latest", "out"]) == 2
-    error = capsys.readouterr().err
-    assert "data/train, which is not there" in error and "--data" in error
-    assert main(["export", "latest", "out", "--data", str(data / "eval")]) == 2
-    assert "not the data that run" in capsys.readouterr().err
-    assert not Path("out").exists()
-    assert main(["export", "latest", "out", "--data", str(data / "train")]) == 0
+    assert main(["export", "latest", "kept"]) == 0
+    tokenizer = artifacts.local_path("tokenizer")
+    tokenizer.rename(tokenizer.with_name("elsewhere"))
+    try:  # as a run of an older version: there is only the data
+        capsys.readouterr()
+        assert main(["export", "latest", "out"]) == 2
+        error = capsys.readouterr().err
+        assert "data/train, which is not there" in error and "--data" in error
+        assert main(["export", "latest", "out", "--data", str(data / "eval")]) == 2
+        assert "not the data that run" in capsys.readouterr().err
+        assert not Path("out").exists()
+        assert main(["export", "latest", "out", "--data", str(data / "train")]) == 0
+    finally:
+        tokenizer.with_name("elsewhere").rename(tokenizer)
+    same = [Path(folder, "tokenizer.json").read_bytes() for folder in ("kept", "out")]
+    assert same[0] == same[1]
 
 
 def test_what_cannot_be_exported_is_a_sentence(tmp_path, capsys):
@@ -223,7 +238,7 @@ def test_a_char_lm_is_refused_by_name():
         "attention_window": 16,
         **{key: config["model"][key] for key in sizes},
     }
-    other = Found(found.catalog, found.manifest.model_copy(update={"config": config}))
+    other = replace(found, manifest=found.manifest.model_copy(update={"config": config}))
     with pytest.raises(ValueError, match="char_lm, which transformers has no model for"):
         load_found(other)
 

@@ -8,7 +8,7 @@ from haloformer.launcher.run_dir import Plan, RunDir
 
 
 def test_a_plan_comes_back_as_written(tmp_path: Path) -> None:
-    plan = Plan("abc", "sqlite:///x.db", {"steps": 1}, 2, None)
+    plan = Plan("abc", "sqlite:///x.db", "/artifacts", {"steps": 1}, 2, None)
     run_dir = RunDir(tmp_path)
     run_dir.write_plan(plan)
     assert run_dir.read_plan() == plan

@@ -1,0 +1,149 @@
+"""What a run has to tell MLflow, on the disk first: nothing is lost while the server is away.
+
+    runs/<id>/spool.jsonl    one record per line, in the order in which things happened
+              spool.sent     how far the server has it: | sent | sent | sent | not yet | not yet |
+              spool.lock     held by the one process that sends                ^ offset in bytes
+
+A crash between sending and noting it sends records twice. That is harmless: times stand in the
+records, so a metric that comes twice is the same row, which MLflow's SQL stores keep once; tags,
+parameters and the status are set to what they are already.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+_OFFSET_DIGITS = 20
+
+Status = Literal["RUNNING", "FINISHED", "FAILED", "KILLED"]
+
+
+class Record(NamedTuple):
+    """One line.
+
+    Attributes:
+        content: ``time`` (ms), and one of ``metrics`` with ``step``, ``params``, ``tags``,
+            ``status``, or ``artifact`` (a file of the run's folder) with ``folder`` (its place).
+        end: Offset behind the line.
+    """
+
+    content: dict[str, Any]
+    end: int
+
+
+class Spool:
+    """The spool of one run.
+
+    Args:
+        folder: Of the run.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._file, self._sent = folder / "spool.jsonl", folder / "spool.sent"
+        self._adding = threading.Lock()
+
+    def add_metrics(self, step: int, values: dict[str, float]) -> None:
+        """Metrics of one step."""
+        self._add({"step": step, "metrics": values})
+
+    def add_params(self, values: dict[str, str]) -> None:
+        """Parameters, which never change."""
+        self._add({"params": values})
+
+    def add_tags(self, values: dict[str, str]) -> None:
+        """Tags."""
+        self._add({"tags": values})
+
+    def add_status(self, status: Status) -> None:
+        """What the run is doing, or how it ended."""
+        self._add({"status": status})
+
+    def add_artifact(self, path: Path, folder: str = ".") -> None:
+        """A file in the run's folder, to be put into a folder of the artifacts."""
+        self._add({"artifact": str(path.relative_to(self.folder)), "folder": folder})
+
+    def pending(self, limit: int) -> list[Record]:
+        """The oldest records that are not marked as sent."""
+        records: list[Record] = []
+        offset = self._offset()
+        try:
+            with self._file.open("rb") as file:
+                file.seek(offset)
+                while len(records) < limit and (line := file.readline()).endswith(b"\n"):
+                    offset += len(line)
+                    content = _parse(line)
+                    if content is not None:
+                        records.append(Record(content, offset))
+        except FileNotFoundError:
+            return []
+        return records
+
+    def mark(self, end: int) -> None:
+        """Note that all is sent up to the end of a record."""
+        descriptor = os.open(self._sent, os.O_WRONLY | os.O_CREAT, 0o644)
+        try:
+            os.pwrite(descriptor, f"{end:0{_OFFSET_DIGITS}}".encode(), 0)
+        finally:
+            os.close(descriptor)
+
+    def metrics_after(self, step: int) -> dict[int, dict[str, float]]:
+        """Metrics of later steps by step, sent or not: what a run that goes on has told before."""
+        told: dict[int, dict[str, float]] = {}
+        if self._file.exists():
+            with self._file.open("rb") as file:
+                for line in file:
+                    content = _parse(line)
+                    if content is not None and content.get("step", step) > step:
+                        told.setdefault(content["step"], {}).update(content["metrics"])
+        return told
+
+    @contextlib.contextmanager
+    def sending(self) -> Iterator[bool]:
+        """Be the process that sends; False when another one is."""
+        descriptor = os.open(self.folder / "spool.lock", os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                yield False
+                return
+            yield True
+        finally:
+            os.close(descriptor)
+
+    def _add(self, content: dict[str, Any]) -> None:
+        line = json.dumps({"time": int(time.time() * 1000), **content}) + "\n"
+        with self._adding:
+            descriptor = os.open(self._file, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
+            try:
+                size = os.fstat(descriptor).st_size
+                # A process that died in the middle of a line left no end to it.
+                cut = size > 0 and os.pread(descriptor, 1, size - 1) != b"\n"
+                os.write(descriptor, (b"\n" if cut else b"") + line.encode())
+            finally:
+                os.close(descriptor)
+
+    def _offset(self) -> int:
+        try:
+            text = self._sent.read_bytes()
+        except FileNotFoundError:
+            return 0
+        return int(text) if len(text) == _OFFSET_DIGITS and text.isdigit() else 0
+
+
+def _parse(line: bytes) -> dict[str, Any] | None:
+    """A record, None for a line that a crash cut short."""
+    try:
+        content = json.loads(line)
+    except ValueError:
+        return None
+    return content if isinstance(content, dict) else None

@@ -1,0 +1,59 @@
+"""What rank 0 tells MLflow while it trains."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+from haloformer.launcher.known_runs import read_known
+from haloformer.launcher.sender import BackgroundSender
+from haloformer.launcher.spool import Spool, Status
+from haloformer.launcher.system_metrics import SystemSampler
+
+# At the end of a run, for the records that are still on their way.
+_PATIENCE_S = 15.0
+# A continuation on another layout gives the same losses to rounding noise.
+_SAME = 1e-5
+
+
+class Tracker:
+    """Writes metrics to the run's spool and has them sent in the background.
+
+    A run that goes on from a checkpoint trains some steps again that it has told of before it
+    died; with the same losses they are not told twice.
+
+    Args:
+        folder: Of the run.
+        resume_step: Step of the checkpoint that the run goes on from; None for a fresh start.
+    """
+
+    def __init__(self, folder: Path, resume_step: int | None) -> None:
+        known = read_known(folder)
+        assert known is not None, "the launcher writes it before any rank starts"
+        self._spool = Spool(folder)
+        self._told: dict[int, dict[str, float]] = {}
+        if resume_step is not None:
+            self._told = self._spool.metrics_after(resume_step)
+            self._spool.add_status("RUNNING")
+        self._sender = BackgroundSender(folder)
+        self._sampler = SystemSampler(self._spool.add_metrics, known.started_ms)
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        """Tell the metrics of one step; never waits for the server."""
+        if not self._told_before(step, values):
+            self._spool.add_metrics(step, values)
+            self._sender.wake()
+
+    def close(self, status: Status) -> None:
+        """Say how the run ended, and wait a little for the server to have all."""
+        self._sampler.stop()
+        self._spool.add_status(status)
+        self._sender.finish(_PATIENCE_S)
+
+    def _told_before(self, step: int, values: dict[str, float]) -> bool:
+        told = self._told.get(step, {})
+        return all(
+            key in told
+            and (not key.endswith("loss") or math.isclose(told[key], value, rel_tol=_SAME))
+            for key, value in values.items()
+        )
