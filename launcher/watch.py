@@ -17,8 +17,8 @@ from dataclasses import dataclass, field
 from haloformer.launcher.run_dir import Beat, RunDir
 
 SILENT_S = 5.0  # a rank beats every second
-STALL_S = 10.0
-ASK_EVERY_S = 3.0
+STALL_S = 6.0
+ASK_EVERY_S = 2.0
 STRIKES = 3
 # After the first failure the others have this long to say what they saw of it.
 GRACE_S = 3.0

@@ -4,7 +4,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -60,11 +60,13 @@ def command(arguments: Sequence[str]) -> list[str]:
     return [sys.executable, "-m", "haloformer.launcher.cli", *arguments]
 
 
-def haloformer(folder: Path, arguments: Sequence[str]) -> subprocess.CompletedProcess[str]:
+def haloformer(
+    folder: Path, arguments: Sequence[str], variables: Mapping[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
     """Run a command to its end."""
     return subprocess.run(
-        command(arguments), cwd=folder, env=_environment(), capture_output=True, text=True,
-        timeout=LIMIT_S,
+        command(arguments), cwd=folder, env=_environment(variables), capture_output=True,
+        text=True, timeout=LIMIT_S,
     )  # fmt: skip
 
 
@@ -99,6 +101,19 @@ class Started:
         self.process.kill()
         raise AssertionError(f"no step {step} after {LIMIT_S} s: {self.finish()}")
 
+    def wait_for_ranks(self, run_dir: RunDir, other_than: Mapping[int, int]) -> dict[int, int]:
+        """Wait until all ranks are there again, as other processes: their ids."""
+        deadline = time.monotonic() + LIMIT_S
+        while time.monotonic() < deadline:
+            pids = run_dir.rank_pids()
+            if pids.keys() == other_than.keys() and not set(pids.items()) & set(other_than.items()):
+                return pids
+            if self.process.poll() is not None:
+                raise AssertionError(f"ended early: {self.finish()}")
+            time.sleep(0.01)  # a poll interval; nothing depends on its length
+        self.process.kill()
+        raise AssertionError(f"no new ranks after {LIMIT_S} s: {self.finish()}")
+
     def finish(self) -> tuple[int, str]:
         """Wait for the end: exit code and output; the command is ended if it hangs."""
         try:
@@ -110,11 +125,13 @@ class Started:
         return self.process.returncode, output
 
 
-def start(folder: Path, arguments: Sequence[str]) -> Started:
+def start(
+    folder: Path, arguments: Sequence[str], variables: Mapping[str, str] | None = None
+) -> Started:
     """Start a command and leave it running."""
     before = runs_of(folder)
     process = subprocess.Popen(
-        command(arguments), cwd=folder, env=_environment(), stdout=subprocess.PIPE,
+        command(arguments), cwd=folder, env=_environment(variables), stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
     return Started(process, folder, before)
@@ -140,6 +157,6 @@ def held_out(run_dir: RunDir) -> dict[int, float]:
     return {r["step"]: r["eval_loss"] for r in run_dir.read_metrics() if "eval_loss" in r}
 
 
-def _environment() -> dict[str, str]:
+def _environment(variables: Mapping[str, str] | None) -> dict[str, str]:
     inherited = {k: v for k, v in os.environ.items() if k != "MLFLOW_TRACKING_URI"}
-    return {**inherited, "OMP_NUM_THREADS": "1"}
+    return {**inherited, "OMP_NUM_THREADS": "1", **({} if variables is None else variables)}
