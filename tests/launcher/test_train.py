@@ -1,14 +1,19 @@
-"""`haloformer train` on real processes: whole, killed, stopped, resumed on another layout."""
+"""`haloformer train` on real processes: whole, killed, stopped, resumed on another layout.
+
+All on a blend of two corpora, with short sequences in the first half of the run.
+"""
 
 import os
 import signal
 from pathlib import Path
 
 import pytest
+import yaml
 
 from haloformer.launcher.cli import main
 from haloformer.launcher.run_dir import RunDir
 from launcher_runs import (
+    TINY,
     Started,
     haloformer,
     held_out,
@@ -19,12 +24,18 @@ from launcher_runs import (
 )
 
 RANKS = ["--ranks", "2"]
+STAGED_BLEND = {
+    "train": [{"path": "data/train", "weight": 2}, {"path": "data/eval", "weight": 1}],
+    "stages": [{"steps": 12, "seq_len": 64}],
+}
 
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("project")
     write_project(folder)
+    recipe = {**TINY, "data": {**TINY["data"], **STAGED_BLEND}}
+    (folder / "tiny.yaml").write_text(yaml.safe_dump(recipe))
     return folder
 
 
@@ -43,6 +54,9 @@ def test_a_whole_run_learns_evaluates_checkpoints_and_says_what_next(
     run_dir = newest_run(project)
     assert sorted(loss) == list(range(1, 25))
     assert loss[24] < loss[1]
+    assert "64 then 128 tokens" in output
+    lengths = {r["step"]: r["seq_len"] for r in run_dir.read_metrics() if "loss" in r}
+    assert lengths == {step: 64 if step <= 12 else 128 for step in range(1, 25)}
     evaluated = held_out(run_dir)
     assert sorted(evaluated) == [0, 24]
     assert evaluated[24] < evaluated[0]
@@ -65,7 +79,8 @@ def test_kill_9_of_a_rank_then_resume_gives_the_same_losses_bit_for_bit(
     assert code == 1
     assert "failed" in output and "--resume" in output
     assert max(losses(run_dir)) < 24, "the run ended before it was killed"
-    done = haloformer(project, ["train", "tiny.yaml", *RANKS, "--resume", "latest"])
+    unlike = ["data.prefetch=0", "data.workers=2"]  # neither changes a batch
+    done = haloformer(project, ["train", "tiny.yaml", *unlike, *RANKS, "--resume", "latest"])
     assert done.returncode == 0, done.stdout + done.stderr
     assert "from step 8" in done.stdout or "from step 16" in done.stdout
     assert losses(run_dir) == whole[0]
