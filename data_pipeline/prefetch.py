@@ -65,7 +65,7 @@ class _Maker(Generic[B]):
 
     def __init__(self, stream: TrainSource[B], depth: int) -> None:
         self.stream, self._depth = stream, depth
-        self._ready: deque[tuple[B, _Stand] | Exception] = deque()
+        self._ready: deque[tuple[B, _Stand] | BaseException] = deque()
         self._changed = threading.Condition()
         self._halting = False
         self._thread: threading.Thread | None = None
@@ -85,8 +85,9 @@ class _Maker(Generic[B]):
         with self._changed:
             self._halting = True
             self._changed.notify_all()
-        if self._thread is not threading.current_thread():  # where the collector may run
-            self._thread.join()
+        if self._thread is threading.current_thread():
+            return  # the collector ran here; nobody holds this any more, and the thread ends
+        self._thread.join()
         self._thread, self._halting = None, False
 
     def clear(self) -> None:
@@ -99,7 +100,7 @@ class _Maker(Generic[B]):
         with self._changed:
             self._changed.wait_for(lambda: self._ready)
             oldest = self._ready[0]
-            if isinstance(oldest, Exception):
+            if isinstance(oldest, BaseException):
                 raise oldest
             self._ready.popleft()
             self._changed.notify_all()
@@ -111,10 +112,10 @@ class _Maker(Generic[B]):
                 self._changed.wait_for(lambda: self._halting or self._has_room)
                 if self._halting:
                     return
-            made: tuple[B, _Stand] | Exception
+            made: tuple[B, _Stand] | BaseException
             try:
                 made = self.stream.next_batch(), _stand(self.stream)
-            except Exception as error:
+            except BaseException as error:  # whatever it is, a trainer may be waiting for it
                 made = error
             with self._changed:
                 self._ready.append(made)
@@ -123,7 +124,7 @@ class _Maker(Generic[B]):
     @property
     def _has_room(self) -> bool:
         # Behind an error there is nothing to make.
-        failed = bool(self._ready) and isinstance(self._ready[-1], Exception)
+        failed = bool(self._ready) and isinstance(self._ready[-1], BaseException)
         return len(self._ready) < self._depth and not failed
 
 

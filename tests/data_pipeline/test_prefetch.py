@@ -187,6 +187,32 @@ def test_a_stream_that_nobody_holds_ends_its_threads(make_dataset, make_config) 
     assert not prefetch_threads()
 
 
+def test_a_stream_that_is_collected_by_its_own_thread_ends_it(make_dataset, make_config) -> None:
+    holders: list[Prefetcher] = []
+    given = threading.Event()
+
+    class Dropping(TrainStream):
+        num_made = 0
+
+        def next_batch(self):
+            self.num_made += 1
+            if self.num_made == 2:
+                given.wait(WAIT)
+                holders.clear()
+                gc.collect()
+            return super().next_batch()
+
+    stream = Dropping(make_dataset([40, 3, 120, 1, 17]), make_config(), **PLACE)
+    holders.append(Prefetcher(stream, 3))
+    holders[0].next_batch()
+    threads = prefetch_threads()
+    given.set()
+    for thread in threads:
+        thread.join(WAIT)
+    assert len(threads) == 1 and not prefetch_threads()
+    assert stream.num_made == 2 and not holders
+
+
 @pytest.mark.parametrize("end", ["", "raise SystemExit(3)", "raise RuntimeError('trainer')"])
 def test_a_process_ends_at_once_whatever_its_stream_does(end, make_dataset, make_config) -> None:
     program = f"""
