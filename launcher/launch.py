@@ -103,6 +103,8 @@ def choose_port(wanted: int | None, address: str = "127.0.0.1") -> int:
         LaunchError: If the wanted port is taken.
     """
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+        # Connections of an earlier start, closed a moment ago, do not keep the port.
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((address, 0 if wanted is None else wanted))
         except OSError as error:

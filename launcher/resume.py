@@ -15,6 +15,10 @@ _FREE_ON_RESUME = (
 )
 
 
+class AlreadyTrainedError(ValueError):
+    """There is nothing left to do in a run."""
+
+
 def resume_point(uri: str, config: TrainConfig, wanted: str) -> tuple[KnownRun, int] | None:
     """The run to continue and the step of its newest good checkpoint.
 
@@ -25,6 +29,7 @@ def resume_point(uri: str, config: TrainConfig, wanted: str) -> tuple[KnownRun, 
             "auto" the same, or None when there is none.
 
     Raises:
+        AlreadyTrainedError: If the run has come to its last step.
         ValueError: If there is none, or the recipe differs where a continuation must not.
     """
     asked = "latest" if wanted == "auto" else wanted
@@ -36,7 +41,7 @@ def resume_point(uri: str, config: TrainConfig, wanted: str) -> tuple[KnownRun, 
         # Through the schema: a key that is newer than the checkpoint had its default then.
         _check_same(config, newest.train_config().model_dump(mode="json"), run_id)
         if newest.step >= config.steps:
-            raise ValueError(
+            raise AlreadyTrainedError(
                 f"run {run_id} has already trained {newest.step} of {config.steps} steps; "
                 f"raise steps to go on, such as steps={newest.step * 2}"
             )

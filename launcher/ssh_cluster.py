@@ -77,7 +77,11 @@ class RemoteCluster:
         """
         self.check_tools()
         facts, faults = self.facts(used)
-        faults = {**faults, **differences(used, facts)}
+        faults = {**differences(used, facts), **faults}
+        first = facts.get(used[0].name)
+        if first is not None and first.port is None:
+            taken = f"uses the port of --master-port {self._port}; give another, or none"
+            faults.setdefault(used[0].name, taken)
         if faults:
             raise HostsError("; ".join(f"host {host} {fault}" for host, fault in faults.items()))
 

@@ -8,7 +8,7 @@ attempt 2   a: ranks 0 1                    data 1 x context 2, from the newest 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -18,14 +18,14 @@ from haloformer.configs.load import ConfigError, check_world
 from haloformer.configs.schema import TrainConfig
 from haloformer.launcher.attempt import Ending, StopSignals, run_attempt
 from haloformer.launcher.catalog import Catalog
-from haloformer.launcher.cluster import Cluster
-from haloformer.launcher.hosts import Host, HostsError, fill, num_slots
+from haloformer.launcher.cluster import Answers, Cluster
+from haloformer.launcher.hosts import Host, fill, num_slots
 from haloformer.launcher.known_runs import KnownRun
+from haloformer.launcher.launch import LaunchError
 from haloformer.launcher.run_dir import Plan, RunDir
 from haloformer.launcher.watch import Fault
 
 TRIES = 3
-_PAUSE_S = 10.0
 
 
 class MeshSizes(NamedTuple):
@@ -52,6 +52,7 @@ class Job:
         plan: Of the next attempt.
         config: The recipe as it was given; an attempt may have other parallel sizes.
         used: Hosts of the next attempt, each with the ranks it gets.
+        pause: Seconds between two questions when there is no answer.
     """
 
     known: KnownRun
@@ -60,9 +61,14 @@ class Job:
     plan: Plan
     config: TrainConfig
     used: tuple[Host, ...]
+    pause: float = 10.0
 
     def attempt(self, signals: StopSignals) -> Ending:
-        """Start the ranks of the plan, once."""
+        """Start the ranks of the plan, once.
+
+        Raises:
+            LaunchError: If the first host does not answer, or its port is taken.
+        """
         return run_attempt(self.cluster, self.run_dir, self.plan, self.used, signals)
 
     def newest_step(self) -> int | None:
@@ -113,7 +119,7 @@ def supervise(job: Job, signals: StopSignals, say: Callable[[str], None]) -> End
     """
     tries, best = 0, job.plan.resume_step
     while True:
-        ending = job.attempt(signals)
+        ending = _attempt(job, signals)
         finished = ending.state is not None and ending.state[0] == "finished"
         if signals.count > 0 or ending.code == 2 or (ending.code == 0 and finished):
             return ending
@@ -127,39 +133,54 @@ def supervise(job: Job, signals: StopSignals, say: Callable[[str], None]) -> End
         best = step if step is not None else best
         if tries >= TRIES:
             return _given_up(ending, step)
+        answers = _hosts(job, signals, say)
         if signals.count > 0:
             return ending
-        job = _next(job, step, tries, say)
+        if not answers.hosts:
+            return replace(ending, code=1, fault=Fault("no host answers any more"))
+        layout = choose_layout(job.config, num_slots(answers.hosts))
+        job = _next(job, answers.hosts, layout, step)
+        say(
+            f"going on {'from the start' if step is None else f'from step {step}'} with "
+            f"{layout.world_size} ranks (data {layout.data}, context {layout.context}, tensor "
+            f"{layout.tensor}); {TRIES - tries} tries without a newer checkpoint left"
+        )
 
 
-def _next(job: Job, step: int | None, tries: int, say: Callable[[str], None]) -> Job:
-    """The same run on the hosts that answer now, which may be more than a moment ago.
+def _attempt(job: Job, signals: StopSignals) -> Ending:
+    try:
+        return job.attempt(signals)
+    except LaunchError as error:  # that host answered a moment ago
+        return Ending(1, None, Fault(str(error)))
 
-    Raises:
-        HostsError: If none answers.
+
+def _hosts(job: Job, signals: StopSignals, say: Callable[[str], None]) -> Answers:
+    """The hosts that answer now, which may be more than a moment ago.
+
+    When none does, the fault may be this machine's own link: it is given a while.
     """
-    answers = job.cluster.answering()
-    for host, fault in answers.faults.items():
-        say(f"dropped {host}: it {fault}")
-    if not answers.hosts:
-        raise HostsError("no host answers; start again with --resume when they do")
-    layout = choose_layout(job.config, num_slots(answers.hosts))
+    for _ in range(TRIES):
+        answers = job.cluster.answering()
+        for host, fault in answers.faults.items():
+            say(f"dropped {host}: it {fault}")
+        if answers.hosts or signals.count > 0:
+            break
+        time.sleep(job.pause)
+    return answers
+
+
+def _next(job: Job, hosts: Sequence[Host], layout: MeshSizes, step: int | None) -> Job:
+    """The same run, from a checkpoint, on these hosts."""
     sizes = {"context": layout.context, "tensor": layout.tensor}
     parallel = job.config.parallel.model_copy(update=sizes)
     config = job.config.model_copy(update={"parallel": parallel})
-    start = "from the start" if step is None else f"from step {step}"
-    say(
-        f"going on {start} with {layout.world_size} ranks (data {layout.data}, context "
-        f"{layout.context}, tensor {layout.tensor}); {TRIES - tries} tries without a newer "
-        "checkpoint left"
-    )
     plan = replace(
         job.plan,
         config=config.model_dump(mode="json"),
         world_size=layout.world_size,
         resume_step=step,
     )
-    return replace(job, plan=plan, used=fill(answers.hosts, layout.world_size))
+    return replace(job, plan=plan, used=fill(hosts, layout.world_size))
 
 
 def _patiently(job: Job, signals: StopSignals, say: Callable[[str], None]) -> int | None:
@@ -171,10 +192,8 @@ def _patiently(job: Job, signals: StopSignals, say: Callable[[str], None]) -> in
             if signals.count > 0:
                 return None
             said = " ".join(str(error).split())[:200]
-            say(
-                f"the store of artifacts does not answer ({said}); asking again in {_PAUSE_S:.0f} s"
-            )
-            time.sleep(_PAUSE_S)
+            say(f"the store of artifacts does not answer ({said}); asking again")
+            time.sleep(job.pause)
 
 
 def _given_up(ending: Ending, step: int | None) -> Ending:

@@ -22,7 +22,7 @@ from haloformer.launcher.clusters import cluster_of
 from haloformer.launcher.hosts import Host, fill, num_slots
 from haloformer.launcher.known_runs import RUNS, KnownRun, start_run
 from haloformer.launcher.plot import write_curve
-from haloformer.launcher.resume import resume_point
+from haloformer.launcher.resume import AlreadyTrainedError, resume_point
 from haloformer.launcher.run_dir import Plan, RunDir
 from haloformer.launcher.run_page import describe_run
 from haloformer.launcher.sources import check_data
@@ -77,7 +77,13 @@ def run(arguments: argparse.Namespace) -> int:
     vocab_size = check_data(config)
     used = fill(cluster.hosts, ranks)
     cluster.check(used)
-    job = _prepare(arguments, config, vocab_size, cluster, used)
+    try:
+        job = _prepare(arguments, config, vocab_size, cluster, used)
+    except AlreadyTrainedError as done:
+        if arguments.resume != "auto":
+            raise
+        print(f"nothing to do: {done}")  # a job that came back into the queue at its very end
+        return 0
     _announce(config, vocab_size, job)
     with StopSignals() as signals:
         watched = arguments.supervise

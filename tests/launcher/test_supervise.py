@@ -17,7 +17,7 @@ from faults.hosts import why_not
 from haloformer.configs.load import ConfigError, parse_config
 from haloformer.configs.schema import TrainConfig
 from haloformer.launcher.attempt import Ending, StopSignals
-from haloformer.launcher.hosts import HostsError, fill, num_slots
+from haloformer.launcher.hosts import fill, num_slots
 from haloformer.launcher.run_dir import Plan, RunDir
 from haloformer.launcher.supervise import Job, choose_layout, supervise
 from launcher_runs import TINY, haloformer, losses, newest_run, start, write_project
@@ -85,7 +85,7 @@ class Supervised:
         used = fill(cluster.hosts, num_slots(cluster.hosts))
         values = config.model_dump(mode="json")
         plan = Plan("run", "sqlite:///none.db", "none", values, len(used), None)
-        self.job = ToyJob(None, cluster, self.run_dir, plan, config, used, steps)
+        self.job = ToyJob(None, cluster, self.run_dir, plan, config, used, 0.0, steps)
 
     def run(self, signals: StopSignals | None = None) -> Ending:
         return supervise(self.job, signals or StopSignals(), self.said.append)
@@ -144,10 +144,11 @@ def test_a_host_that_is_taken_away_politely_does_not_end_the_run(tmp_path: Path)
     assert cluster.started == [["a", "b"], ["a"]]
 
 
-def test_no_host_left_is_an_error_that_says_how_to_go_on(tmp_path: Path) -> None:
+def test_no_host_left_ends_the_run_after_a_while(tmp_path: Path) -> None:
     cluster = ToyCluster(["a"], [["crash"]], lost=[{"a"}])
-    with pytest.raises(HostsError, match="no host answers; start again with --resume"):
-        Supervised(tmp_path, cluster, [8]).run()
+    run = Supervised(tmp_path, cluster, [8])
+    assert run.run().describe() == "failed: no host answers any more"
+    assert run.said.count("dropped a: it does not answer") == 3
 
 
 def test_sigterm_stops_all_ranks_after_their_step_and_nothing_starts_again(
