@@ -66,7 +66,9 @@ class Masker:
             counter=np.array([0, key.sequence, key.stream, key.epoch], np.uint64),
         )
         # Raw words, not Generator methods: NumPy keeps only the former stable over versions.
-        bits = generator.random_raw(2 * len(ids)).reshape(2, -1)
+        # Two words a token, side by side: padding behind a token, which depends on the number of
+        # context-parallel ranks, changes nothing for it.
+        bits = generator.random_raw(2 * len(ids)).reshape(-1, 2).T
         text = self._is_ordinary[ids]
         chosen = text & (bits[0] < self._threshold)
         at = np.flatnonzero(chosen)

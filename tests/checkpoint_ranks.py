@@ -22,63 +22,17 @@ import torch.distributed
 from mlflow import MlflowClient
 from mlflow.store.tracking import sqlalchemy_store
 
+from dying import PHASES, DyingCommitter
 from haloformer.launcher.checkpoint import CheckpointStore
 from haloformer.launcher.commit import CheckpointError, Committer
 from layouts import Case, start, stop, tiny_config, train
 
 CASE = Case(1, 2, 1)
 BEFORE_THE_FORK = (sqlalchemy_store,)  # MLflow would import it in every rank, for a second
-# Where a save can be cut short -> which rank dies there.
-PHASES = {
-    "file_half_written": 1,
-    "before_hash": 1,
-    "after_upload": 1,
-    "before_manifest": 0,
-    "manifest_half_written": 0,
-    "before_prune": 0,
-}
+# Where a save is cut short -> which rank dies there.
+VICTIMS = {phase: 1 if rank is None else rank for phase, rank in PHASES.items()}
 STATE = {"seed": 7, "data": {"0": [1, 2, 3]}}
 LIMIT_S = 120
-
-
-class DyingCommitter(Committer):
-    """Kills its rank by SIGKILL at a given phase; the code under test has no hook."""
-
-    phase = None
-
-    def arm(self, phase, rank):
-        self.phase = phase if PHASES[phase] == rank else None
-
-    def _die(self):
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    def _write(self, snapshot, step, folder):
-        super()._write(snapshot, step, folder)
-        if self.phase == "file_half_written":
-            file = next(iter(folder.glob(f"shard-{self._topology.rank + 1:05d}-*")))
-            os.truncate(file, file.stat().st_size // 2)
-            self._die()
-
-    def _publish(self, step, attempt, folder):
-        if self.phase == "before_hash":
-            self._die()
-        entries = super()._publish(step, attempt, folder)
-        if self.phase == "after_upload":
-            self._die()
-        return entries
-
-    def _write_manifest(self, name, text):
-        if self.phase == "before_manifest":
-            self._die()
-        if self.phase == "manifest_half_written":
-            self._catalog.artifacts.local_path(name).write_text(text[: len(text) // 2])
-            self._die()
-        super()._write_manifest(name, text)
-
-    def _prune(self, newest):
-        if self.phase == "before_prune":
-            self._die()
-        super()._prune(newest)
 
 
 class DyingStore(CheckpointStore):
@@ -88,7 +42,8 @@ class DyingStore(CheckpointStore):
         return DyingCommitter(self.catalog, self._config, self._staging, self._topology)
 
     def arm(self, phase):
-        self._committer.arm(phase, self._topology.rank)
+        if self._topology.rank == VICTIMS[phase]:
+            self._committer.phase = phase
 
 
 def open_store(kind, job, staging, topology):
@@ -189,7 +144,51 @@ def unwritable(rank, job, staging):
     return {"told": told, "left": left, "committed": committed}
 
 
-ACTIONS = {f.__name__: f for f in (uninterrupted, killed, recovered, refused, unwritable)}
+class GatedCommitter(Committer):
+    """Uploads nothing before its gate is opened."""
+
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self.gate = threading.Event()
+
+    def _publish(self, step, attempt, folder):
+        self.gate.wait()
+        return super()._publish(step, attempt, folder)
+
+
+class GatedStore(CheckpointStore):
+    """A store with that committer."""
+
+    def _make_committer(self):
+        return GatedCommitter(self.catalog, self._config, self._staging, self._topology)
+
+
+def overlapped(rank, job, staging):
+    """Train on while the upload of step 1 stands still, then go back to what was saved there."""
+    topology, engine = start(CASE)
+    config = tiny_config(CASE)
+    store = open_store(GatedStore, job, staging, topology)
+    history = train(engine, topology, config, 0, 1)
+    store.save(engine, 1, STATE)
+    history += train(engine, topology, config, 1, 2)
+    early = [outcome.step for outcome in store.poll()]
+    store._committer.gate.set()
+    store.save(engine, 2, STATE)  # waits for step 1, not for itself
+    told = [outcome.step for outcome in store.poll()]
+    save(store, engine, 2)
+    stop(topology, engine)
+    topology, engine = start(CASE)
+    store = open_store(CheckpointStore, job, staging, topology)
+    store.load(engine, 1)
+    again = train(engine, topology, config, 1, 2)
+    stop(topology, engine)
+    return {"early": early, "told": told, "history": history, "again": again}
+
+
+ACTIONS = {
+    action.__name__: action
+    for action in (uninterrupted, killed, recovered, refused, unwritable, overlapped)
+}
 
 
 def child(rank, job, folder):
@@ -224,7 +223,7 @@ def run_job(job):
                     sys.stderr.flush()
                     os._exit(code)
             pids.append(pid)
-        victim = PHASES[job["phase"]] if job["action"] == "killed" else None
+        victim = VICTIMS[job["phase"]] if job["action"] == "killed" else None
         status_of, running = {}, dict(zip(pids, range(CASE.world), strict=True))
         while running:
             pid, status = os.wait()

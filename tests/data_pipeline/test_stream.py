@@ -150,15 +150,17 @@ def test_streams_keep_to_the_same_epoch(make_dataset, make_config) -> None:
 
 def test_every_sequence_has_its_own_number_and_masks(make_dataset, make_config) -> None:
     folder = make_dataset(CORPORA["one giant"])
-    stream = ranks(folder, make_config(), 1)[0]
+    config = make_config(seq_len=64)  # so long that no two masks are equal by chance
+    stream = ranks(folder, config, 1)[0]
     masks = []
     for number in range(6):
         assert {cursor[3] for cursor in stream.state_dict().values()} == {number}
         masks += [tuple(np.flatnonzero(row != -100)) for row in stream.next_batch().labels]
     assert len(set(masks)) == len(masks) == 24
-    held = EvalStream(folder, make_config(), global_batch=4, data_rank=0, data_world=1)
+    held = EvalStream(folder, config, global_batch=4, data_rank=0, data_world=1)
     masks = [tuple(np.flatnonzero(row != -100)) for batch in held for row in batch.labels]
-    assert len(set(masks)) == len(masks) > 60
+    masks = [mask for mask in masks if mask]  # rows of padding end the last batch
+    assert len(set(masks)) == len(masks) > 30
 
 
 def test_padding_goes_to_a_multiple_and_nowhere_else(make_dataset, make_config) -> None:

@@ -35,6 +35,9 @@ from haloformer.data_pipeline.shards import DatasetWriter
 from haloformer.data_pipeline.tokenizers import ByteTokenizer
 from haloformer.launcher.catalog import MANIFEST, Catalog, folder_of
 from haloformer.launcher.manifest import LayoutRecord, Manifest, describe_file
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # the helpers of all tests
+
 from layouts import Case, tiny_config
 
 Damage = Callable[[Path, Path, random.Random], None]

@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 
-from checkpoint_ranks import PHASES, STATE
+from checkpoint_ranks import STATE
+from dying import PHASES
 from haloformer.launcher.catalog import Catalog
 
 TESTS = Path(__file__).parents[1]
@@ -98,7 +99,7 @@ def server(folder):
 @pytest.fixture(scope="module")
 def runs(client, experiment):
     """One MLflow run for each story."""
-    names = ["whole", "damaged", "full", *PHASES]
+    names = ["whole", "damaged", "full", "overlapped", *PHASES]
     return {name: client.create_run(experiment).info.run_id for name in names}
 
 
@@ -116,6 +117,7 @@ def first(client, runs, served, folder):
         "whole": {"action": "uninterrupted"},
         "damaged": {"action": "uninterrupted"},
         "full": {"action": "unwritable"},
+        "overlapped": {"action": "overlapped"},
     }
     jobs |= {phase: {"action": "killed", "phase": phase} for phase in PHASES}
     for name, job in jobs.items():
@@ -220,6 +222,18 @@ def test_a_rank_that_cannot_write_is_heard_on_all(first):
 def test_a_failed_checkpoint_leaves_nothing_and_the_last_is_tried_again(first):
     assert first["full"]["left"] == ["step-00000008"]
     assert first["full"]["committed"] == [9, 8]
+
+
+def test_training_goes_on_while_a_checkpoint_is_uploaded(first):
+    seen = first["overlapped"]
+    assert seen["early"] == []
+    assert seen["told"] == [1], "the next save waits for the one before, and for no more"
+
+
+def test_what_is_saved_is_what_was_when_save_was_called(first):
+    seen = first["overlapped"]
+    assert seen["history"] == first["whole"]["history"][:2]
+    assert seen["again"] == seen["history"][1:]
 
 
 def test_the_manifest_says_what_was_run(client, runs, first):

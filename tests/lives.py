@@ -1,0 +1,220 @@
+"""Starts the real worker again and again, in forked ranks: a life of a run takes seconds.
+
+Importing torch, DeepSpeed, megatron and MLflow takes longer than a small training run, so one
+process imports them and forks the ranks of every life from there. It must have no thread and no
+open connection: whatever asks MLflow something does so in a child, too (``in_child``).
+"""
+
+import json
+import os
+import signal
+import socket
+import sys
+import tempfile
+import threading
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from mlflow import MlflowClient
+from mlflow.store.tracking import sqlalchemy_store
+
+from haloformer.configs.load import parse_config
+from haloformer.configs.schema import TrainConfig
+from haloformer.launcher import tracking, worker
+from haloformer.launcher.catalog import Catalog
+from haloformer.launcher.run_dir import Plan, RunDir
+
+BEFORE_THE_FORK = (sqlalchemy_store,)  # MLflow would import it in every rank, for a second
+LIMIT_S = 120
+
+
+def in_child(work: Callable[..., Any], *arguments: Any) -> Any:
+    """What a function returns in a forked process, through JSON."""
+    with tempfile.TemporaryDirectory() as folder:
+        answer = Path(folder, "answer")
+        pid = fork(lambda: answer.write_text(json.dumps(work(*arguments))))
+        _, status = os.waitpid(pid, 0)
+        assert status == 0, f"{work.__name__} ended with status {status}"
+        return json.loads(answer.read_text())
+
+
+def fork(work: Callable[[], Any]) -> int:
+    """Start a process that does the work and ends; its pid."""
+    assert threading.active_count() == 1, "forking needs a process without threads"
+    sys.stdout.flush()
+    pid = os.fork()
+    if pid:
+        return pid
+    code = 1
+    try:
+        signal.alarm(LIMIT_S)  # a rank that waits for a dead one ends by itself
+        work()
+        code = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+class Runner:
+    """One run of a recipe, in as many lives as it takes.
+
+    Args:
+        folder: With the project of ``launcher_runs.write_project`` and room for everything else.
+        name: Of the run.
+    """
+
+    def __init__(self, folder: Path, name: str) -> None:
+        torch.set_num_threads(1)
+        self.folder = folder
+        self.uri = f"sqlite:///{folder}/{name}.db"
+        self.recipe = yaml.safe_load((folder / "tiny.yaml").read_text())
+        for part in ("train", "eval"):
+            self.recipe["data"][part] = str(folder / self.recipe["data"][part])
+        self.recipe["tracking"] = {"artifacts": str(folder / f"{name}-artifacts")}
+        self.run_id = in_child(self._create_run)
+        self.run_dir = RunDir(folder / f"{name}-run")
+
+    def config(self, parallel: dict[str, int] | None = None) -> TrainConfig:
+        """The recipe, spread over the ranks in another way if asked."""
+        recipe = self.recipe if parallel is None else {**self.recipe, "parallel": parallel}
+        return parse_config(recipe, "recipe")
+
+    def committed(self) -> int | None:
+        """The step to go on from."""
+        return in_child(self._newest)
+
+    def live(
+        self,
+        num_ranks: int,
+        prepare: Callable[[int], None] | None = None,
+        victim: int | None = None,
+        parallel: dict[str, int] | None = None,
+    ) -> bool:
+        """One start of the ranks, from the newest checkpoint to the end or to the first death.
+
+        Args:
+            num_ranks: Ranks.
+            prepare: Called in each rank, with its number, before it begins.
+            victim: The rank that may kill itself.
+            parallel: Another parallel section than the recipe's.
+
+        Returns:
+            True when all ranks came to the end, False when the victim died of SIGKILL.
+        """
+        config = self.config(parallel)
+        self.run_dir.create()
+        self.run_dir.write_plan(
+            Plan(
+                run_id=self.run_id,
+                tracking_uri=self.uri,
+                config=config.model_dump(mode="json"),
+                world_size=num_ranks,
+                resume_step=self.committed(),
+            )
+        )
+        port = _free_port()
+        running = {}
+        for rank in range(num_ranks):
+            pid = fork(lambda rank=rank: self._be_rank(rank, num_ranks, port, prepare))
+            running[pid] = rank
+        return _wait_for(running, victim)
+
+    def records(self) -> list[dict[str, float]]:
+        """Step and held-out records without what the clock says."""
+        keys = ("step", "loss", "grad_norm", "learning_rate", "eval_loss")
+        return [
+            {key: record[key] for key in keys if key in record}
+            for record in self.run_dir.read_metrics()
+        ]
+
+    def files(self) -> dict[str, tuple[Any, bytes]]:
+        """Header and tensors of every file of the newest checkpoint."""
+        folder = Path(in_child(self._newest_folder))
+        return {path.name: _split(path.read_bytes()) for path in sorted(folder.iterdir())}
+
+    def leftovers(self) -> list[int]:
+        """Steps with files but no manifest."""
+        return in_child(self._uncommitted)
+
+    def _be_rank(
+        self, rank: int, num_ranks: int, port: int, prepare: Callable[[int], None] | None
+    ) -> None:
+        os.environ.update(
+            RANK=str(rank),
+            LOCAL_RANK=str(rank),
+            WORLD_SIZE=str(num_ranks),
+            MASTER_ADDR="127.0.0.1",
+            MASTER_PORT=str(port),
+            GLOO_SOCKET_IFNAME="lo",
+        )
+        sys.argv = ["worker", "--run-dir", str(self.run_dir.path), "--local_rank", str(rank)]
+        log = (self.folder / "ranks.log").open("a")
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+        if prepare is not None:
+            prepare(rank)
+        code = worker.main()
+        if code:
+            sys.exit(code)
+
+    def _client(self) -> MlflowClient:
+        return tracking.connect(self.uri)
+
+    def _create_run(self) -> str:
+        client, config = self._client(), self.config()
+        experiment = tracking.experiment_of(client, config.tracking)
+        return client.create_run(experiment.experiment_id).info.run_id
+
+    def _newest(self) -> int | None:
+        newest = Catalog(self._client(), self.run_id).newest_valid()
+        return None if newest is None else newest.step
+
+    def _newest_folder(self) -> str:
+        catalog = Catalog(self._client(), self.run_id)
+        newest = catalog.newest_valid()
+        assert newest is not None, "no checkpoint was committed"
+        return str(catalog.artifacts.local_path(f"checkpoints/step-{newest.step:08d}")
+                   / newest.folder)  # fmt: skip
+
+    def _uncommitted(self) -> list[int]:
+        catalog = Catalog(self._client(), self.run_id)
+        return sorted(set(catalog.steps()) - {entry.step for entry in catalog.committed()})
+
+
+def _wait_for(running: dict[int, int], victim: int | None) -> bool:
+    """Wait for all ranks; when one ends badly, end the others, as the launcher does.
+
+    The victim is left to die by itself, so that a fault of another rank is not taken for it.
+    """
+    status_of = {}
+    while running:
+        pid, status = os.wait()
+        status_of[running.pop(pid)] = status
+        if status != 0:
+            for other, rank in running.items():
+                if rank != victim:
+                    os.kill(other, signal.SIGKILL)
+    if victim is not None and status_of[victim] == signal.SIGKILL:
+        return False
+    assert set(status_of.values()) == {0}, f"ranks ended with {status_of}; see ranks.log"
+    return True
+
+
+def _split(content: bytes) -> tuple[Any, bytes]:
+    """safetensors writes the keys of its header in an order of its own: compare it parsed."""
+    start = 8 + int.from_bytes(content[:8], "little")
+    return json.loads(content[8:start]), content[start:]
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port: int = listener.getsockname()[1]
+        return port
