@@ -1,16 +1,16 @@
 """Starts the real worker again and again, in forked ranks: a life of a run takes seconds.
 
 Importing torch, DeepSpeed, megatron and MLflow takes longer than a small training run, so one
-process imports them and forks the ranks of every life from there. It must have no thread and no
-open connection: whatever asks MLflow something does so in a child, too (``in_child``).
+process imports them and forks the ranks of every life from there. It must have no thread.
 """
 
+import contextlib
 import json
 import os
 import signal
 import socket
+import sqlite3
 import sys
-import tempfile
 import threading
 import traceback
 from collections.abc import Callable
@@ -19,27 +19,18 @@ from typing import Any
 
 import torch
 import yaml
-from mlflow import MlflowClient
 from mlflow.store.tracking import sqlalchemy_store
 
 from haloformer.configs.load import parse_config
-from haloformer.configs.schema import TrainConfig
-from haloformer.launcher import tracking, worker
-from haloformer.launcher.catalog import Catalog
-from haloformer.launcher.run_dir import Plan, RunDir
+from haloformer.configs.schema import TrackingConfig, TrainConfig
+from haloformer.launcher import worker
+from haloformer.launcher.catalog import Catalog, folder_of
+from haloformer.launcher.known_runs import read_known, start_run
+from haloformer.launcher.run_dir import Orders, Plan, RunDir
 
 BEFORE_THE_FORK = (sqlalchemy_store,)  # MLflow would import it in every rank, for a second
+ATTEMPT = "life"
 LIMIT_S = 120
-
-
-def in_child(work: Callable[..., Any], *arguments: Any) -> Any:
-    """What a function returns in a forked process, through JSON."""
-    with tempfile.TemporaryDirectory() as folder:
-        answer = Path(folder, "answer")
-        pid = fork(lambda: answer.write_text(json.dumps(work(*arguments))))
-        _, status = os.waitpid(pid, 0)
-        assert status == 0, f"{work.__name__} ended with status {status}"
-        return json.loads(answer.read_text())
 
 
 def fork(work: Callable[[], Any]) -> int:
@@ -73,13 +64,14 @@ class Runner:
     def __init__(self, folder: Path, name: str) -> None:
         torch.set_num_threads(1)
         self.folder = folder
-        self.uri = f"sqlite:///{folder}/{name}.db"
         self.recipe = yaml.safe_load((folder / "tiny.yaml").read_text())
         for part in ("train", "eval"):
             self.recipe["data"][part] = str(folder / self.recipe["data"][part])
-        self.recipe["tracking"] = {"artifacts": str(folder / f"{name}-artifacts")}
-        self.run_id = in_child(self._create_run)
-        self.run_dir = RunDir(folder / f"{name}-run")
+        # As if the server were away: this process must not open its database.
+        uri = f"sqlite:///{folder}/mlflow.db"
+        self.known = start_run(None, uri, TrackingConfig(), name, folder / "runs")
+        self.run_dir = RunDir(folder / "runs" / self.known.run_id)
+        self.catalog = Catalog(self.known.artifacts(), self.known.run_id)
 
     def config(self, parallel: dict[str, int] | None = None) -> TrainConfig:
         """The recipe, spread over the ranks in another way if asked."""
@@ -88,7 +80,8 @@ class Runner:
 
     def committed(self) -> int | None:
         """The step to go on from."""
-        return in_child(self._newest)
+        newest = self.catalog.newest_valid()
+        return None if newest is None else newest.step
 
     def live(
         self,
@@ -112,13 +105,15 @@ class Runner:
         self.run_dir.create()
         self.run_dir.write_plan(
             Plan(
-                run_id=self.run_id,
-                tracking_uri=self.uri,
+                run_id=self.known.run_id,
+                tracking_uri=self.known.tracking_uri,
+                artifact_uri=self.known.artifact_uri,
                 config=config.model_dump(mode="json"),
                 world_size=num_ranks,
                 resume_step=self.committed(),
             )
         )
+        self.run_dir.write_orders(Orders(ATTEMPT, stop=False))
         port = _free_port()
         running = {}
         for rank in range(num_ranks):
@@ -136,12 +131,27 @@ class Runner:
 
     def files(self) -> dict[str, tuple[Any, bytes]]:
         """Header and tensors of every file of the newest checkpoint."""
-        folder = Path(in_child(self._newest_folder))
+        newest = self.catalog.newest_valid()
+        assert newest is not None, "no checkpoint was committed"
+        step = self.catalog.artifacts.local_path(folder_of(newest.step))
+        assert step is not None
+        folder = step / newest.folder
         return {path.name: _split(path.read_bytes()) for path in sorted(folder.iterdir())}
+
+    def told(self) -> list[tuple[int, float]]:
+        """Step and loss of all that MLflow has heard, a step that it heard twice twice."""
+        known = read_known(self.run_dir.path)
+        assert known is not None
+        with contextlib.closing(sqlite3.connect(self.known.tracking_uri[10:])) as database:
+            return database.execute(
+                "SELECT step, value FROM metrics WHERE run_uuid = ? AND key = 'loss' ORDER BY step",
+                (known.mlflow_id,),
+            ).fetchall()
 
     def leftovers(self) -> list[int]:
         """Steps with files but no manifest."""
-        return in_child(self._uncommitted)
+        committed = {entry.step for entry in self.catalog.committed()}
+        return sorted(set(self.catalog.steps()) - committed)
 
     def _be_rank(
         self, rank: int, num_ranks: int, port: int, prepare: Callable[[int], None] | None
@@ -154,7 +164,8 @@ class Runner:
             MASTER_PORT=str(port),
             GLOO_SOCKET_IFNAME="lo",
         )
-        sys.argv = ["worker", "--run-dir", str(self.run_dir.path), "--local_rank", str(rank)]
+        sys.argv = ["worker", "--run-dir", str(self.run_dir.path)]
+        sys.argv += ["--attempt", ATTEMPT, "--local_rank", str(rank)]
         log = (self.folder / "ranks.log").open("a")
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
@@ -163,29 +174,6 @@ class Runner:
         code = worker.main()
         if code:
             sys.exit(code)
-
-    def _client(self) -> MlflowClient:
-        return tracking.connect(self.uri)
-
-    def _create_run(self) -> str:
-        client, config = self._client(), self.config()
-        experiment = tracking.experiment_of(client, config.tracking)
-        return client.create_run(experiment.experiment_id).info.run_id
-
-    def _newest(self) -> int | None:
-        newest = Catalog(self._client(), self.run_id).newest_valid()
-        return None if newest is None else newest.step
-
-    def _newest_folder(self) -> str:
-        catalog = Catalog(self._client(), self.run_id)
-        newest = catalog.newest_valid()
-        assert newest is not None, "no checkpoint was committed"
-        return str(catalog.artifacts.local_path(f"checkpoints/step-{newest.step:08d}")
-                   / newest.folder)  # fmt: skip
-
-    def _uncommitted(self) -> list[int]:
-        catalog = Catalog(self._client(), self.run_id)
-        return sorted(set(catalog.steps()) - {entry.step for entry in catalog.committed()})
 
 
 def _wait_for(running: dict[int, int], victim: int | None) -> bool:

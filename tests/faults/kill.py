@@ -6,7 +6,7 @@ A small run is trained once without disturbance. Then it is trained again and ag
 ends with SIGKILL of a random rank at a random moment (in a step, after the snapshot of a
 checkpoint, in any phase of its commit) until the kills are used up. Every run that comes to its
 end must have the same losses, gradient norms, held-out losses and final weights and moments as the
-undisturbed one, bit for bit.
+undisturbed one, bit for bit; MLflow must know each loss once.
 
 The seed repeats the ranks, steps, phases and delays; where in a step a delay ends is the clock's.
 """
@@ -129,8 +129,8 @@ def kill(folder: Path, num_kills: int, chance: random.Random) -> None:
     write_project(folder)
     truth = new_run(folder, "truth")
     assert truth.live(RANKS), "nobody was to be killed"
-    records, files = truth.records(), truth.files()
-    assert len(records) > STEPS and files
+    records, files, told = truth.records(), truth.files(), truth.told()
+    assert len(records) > STEPS and files and len(told) == STEPS
     print(f"undisturbed: {STEPS} steps, a checkpoint every {EVERY}", flush=True)
     died: Counter[str] = Counter()
     number = 0
@@ -148,6 +148,7 @@ def kill(folder: Path, num_kills: int, chance: random.Random) -> None:
             died[doom.place] += 1
         assert run.records() == records, f"run {number}: the losses differ"
         assert run.files() == files, f"run {number}: the final checkpoint differs"
+        assert run.told() == told, f"run {number}: MLflow heard other losses, or twice"
         assert not run.leftovers(), f"run {number}: files of {run.leftovers()} were left"
         print(
             f"run {number}: killed {died.total() - before} times, then as undisturbed, bit for "
