@@ -31,9 +31,9 @@ class Tracker:
         known = read_known(folder)
         assert known is not None, "the launcher writes it before any rank starts"
         self._spool = Spool(folder)
-        self._told: dict[int, dict[str, float]] = {}
-        if resume_step is not None:
-            self._told = self._spool.metrics_after(resume_step)
+        # A supervised run that died before its first checkpoint starts afresh and has told, too.
+        self._told = self._spool.metrics_after(-1 if resume_step is None else resume_step)
+        if self._told or resume_step is not None:
             self._spool.add_status("RUNNING")
         self._sender = BackgroundSender(folder)
         self._sampler = SystemSampler(self._spool.add_metrics, known.started_ms)
