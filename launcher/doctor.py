@@ -9,7 +9,7 @@ import platform
 import shutil
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,8 +19,13 @@ from packaging.requirements import Requirement
 from haloformer.configs.schema import TrackingConfig
 from haloformer.launcher import tracking
 from haloformer.launcher.environment import accelerator
+from haloformer.launcher.hosts import Host, HostsError, read_hostfile
+from haloformer.launcher.known_runs import RUNS
+from haloformer.launcher.on_host import HostFacts
+from haloformer.launcher.ssh_cluster import SshCluster, differences
 
 _LOW_DISK_GIB = 2.0
+_CLOCK_S = 5.0
 
 
 @dataclass(frozen=True)
@@ -37,17 +42,22 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     parser = commands.add_parser(
         "doctor",
         help="check versions, device, disk, network and tracking server",
-        description="Look at everything a run needs on this machine; exit code 2 if something "
-        "must be put right.",
-        epilog="example: haloformer doctor",
+        description="Look at everything a run needs on this machine, and on the hosts of a "
+        "hostfile; exit code 2 if something must be put right.",
+        epilog="example: haloformer doctor --hostfile hosts",
     )
+    parser.add_argument("--hostfile", type=Path, help="look at these hosts as well, over ssh")
     parser.set_defaults(run_command=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the command; returns 0 when all is well, 2 otherwise."""
+    checks = [_python, _versions, _device, _memory, _disk, _loopback, _tracking]
+    if arguments.hostfile is not None:
+        hosts = read_hostfile(arguments.hostfile)
+        checks.append(lambda: _hosts(hosts))
     sick = 0
-    for check in (_python, _versions, _device, _memory, _disk, _loopback, _tracking):
+    for check in checks:
         for finding in check():
             mark = "ok  " if finding.remedy is None else "FAIL"
             print(f"{mark}  {finding.subject:<16} {finding.found}", flush=True)
@@ -129,3 +139,40 @@ def _tracking() -> Iterator[Finding]:
         yield Finding("tracking", uri, str(error))
         return
     yield Finding("tracking", uri)
+
+
+def _hosts(hosts: Sequence[Host]) -> Iterator[Finding]:
+    """Every host as it sees itself, what the first one says being what all should say."""
+    cluster = SshCluster(hosts, RUNS, None, None)
+    try:
+        cluster.check_tools()
+    except HostsError as error:
+        yield Finding("hosts", "not looked at", str(error))
+        return
+    uri = tracking.tracking_uri(TrackingConfig(), os.environ.get("MLFLOW_TRACKING_URI"))
+    facts, faults = cluster.facts(hosts, uri)
+    unlike = differences(hosts, facts)
+    for host in hosts:
+        if host.name not in facts:
+            yield Finding(host.name, "", f"it {faults[host.name]}")
+            continue
+        mine = facts[host.name]
+        remedies = [f"it {fault[host.name]}" for fault in (faults, unlike) if host.name in fault]
+        if mine.free_bytes is not None and mine.free_bytes < _LOW_DISK_GIB * 2**30:
+            remedies.append(f"free some space there: below {_LOW_DISK_GIB:.0f} GiB runs fail")
+        if abs(mine.clock) > _CLOCK_S:
+            remedies.append("set its clock, or run chrony: records of two hosts cannot be compared")
+        if mine.tracking_fault is not None:
+            remedies.append(f"it cannot reach the tracking server: {mine.tracking_fault}")
+        yield Finding(host.name, _describe(host, mine), "; ".join(remedies) or None)
+
+
+def _describe(host: Host, facts: HostFacts) -> str:
+    """A row of the table: the same columns for every host."""
+    versions = " ".join(f"{name} {version}" for name, version in facts.versions.items())
+    device = f"{facts.devices} GPUs" if facts.accelerator == "cuda" else f"{facts.cores} cores"
+    free = "no disk" if facts.free_bytes is None else f"{facts.free_bytes / 2**30:.0f} GiB free"
+    return (
+        f"{facts.address:<15} slots={host.slots} {facts.accelerator} {device:<8} {free:<14} "
+        f"clock {facts.clock:+.1f} s  {versions}"
+    )

@@ -1,6 +1,6 @@
 """What a host of a run is asked by the launching machine; started there over ssh or srun.
 
-    python -m haloformer.launcher.on_host facts FOLDER [--port N]
+    python -m haloformer.launcher.on_host facts FOLDER [--port N] [--tracking URI]
     python -m haloformer.launcher.on_host ranks RUN_DIR 0,1 [--kill]
 
 The answer is one line of JSON, the last of the output.
@@ -20,12 +20,15 @@ import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from urllib.parse import urlparse
 
 import psutil
 
 from haloformer.launcher.environment import accelerator
 from haloformer.launcher.launch import alive_ranks, choose_port, signal_ranks
 from haloformer.launcher.run_dir import RunDir
+
+_CONNECT_S = 4.0
 
 PACKAGES = ("torch", "deepspeed", "haloformer")
 
@@ -40,10 +43,11 @@ class HostFacts:
         devices: GPUs, 0 where there is none.
         cores: Of the CPU that a process may use.
         free_bytes: On the disk of the folder, None when the folder is not there.
-        seen: Names of the files in the folder that begin with a dot.
-        time: Seconds since 1970.
+        seen: Names in the folder that begin with a dot.
+        clock: Seconds since 1970; the launching machine makes it the lead over its own clock.
         address: By which other hosts reach it.
         port: A free one, None when the wanted one is taken.
+        tracking_fault: Why the tracking server cannot be used from here, None if it can.
     """
 
     versions: dict[str, str]
@@ -52,9 +56,10 @@ class HostFacts:
     cores: int
     free_bytes: int | None
     seen: list[str]
-    time: float
+    clock: float
     address: str
     port: int | None
+    tracking_fault: str | None
 
 
 def main() -> int:
@@ -64,13 +69,14 @@ def main() -> int:
     facts = questions.add_parser("facts")
     facts.add_argument("folder", type=Path)
     facts.add_argument("--port", type=int)
+    facts.add_argument("--tracking")
     ranks = questions.add_parser("ranks")
     ranks.add_argument("run_dir", type=Path)
     ranks.add_argument("ranks", type=lambda text: {int(rank) for rank in text.split(",")})
     ranks.add_argument("--kill", action="store_true")
     arguments = parser.parse_args()
     if arguments.question == "facts":
-        print(json.dumps(asdict(_facts(arguments.folder, arguments.port))))
+        print(json.dumps(asdict(_facts(arguments.folder, arguments.port, arguments.tracking))))
         return 0
     run_dir = RunDir(arguments.run_dir)
     if arguments.kill:
@@ -79,7 +85,7 @@ def main() -> int:
     return 0
 
 
-def _facts(folder: Path, port: int | None) -> HostFacts:
+def _facts(folder: Path, port: int | None, tracking: str | None) -> HostFacts:
     there = folder.is_dir()
     try:
         free_port = choose_port(port, "")
@@ -92,9 +98,10 @@ def _facts(folder: Path, port: int | None) -> HostFacts:
         cores=len(os.sched_getaffinity(0)),
         free_bytes=shutil.disk_usage(folder).free if there else None,
         seen=[path.name for path in folder.glob(".*")] if there else [],
-        time=time.time(),
+        clock=time.time(),
         address=_address(os.environ.get("SSH_CONNECTION", "").split()),
         port=free_port,
+        tracking_fault=None if tracking is None else _tracking_fault(tracking),
     )
 
 
@@ -103,6 +110,23 @@ def _version(package: str) -> str:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return "missing"
+
+
+def _tracking_fault(uri: str) -> str | None:
+    """Why an address of a tracking server leads nowhere; MLflow itself takes seconds to import."""
+    parsed = urlparse(uri)
+    if parsed.hostname is None:
+        path = parsed.path.removeprefix("/") if parsed.scheme == "sqlite" else parsed.path
+        folder = Path(path).parent
+        return None if folder.is_dir() else f"{folder} is not there"
+    port = parsed.port
+    if port is None:
+        port = 443 if parsed.scheme == "https" else 80
+    try:
+        socket.create_connection((parsed.hostname, port), timeout=_CONNECT_S).close()
+    except OSError as error:
+        return f"{parsed.hostname}:{port}: {error}"
+    return None
 
 
 def _address(connection: list[str]) -> str:

@@ -7,6 +7,7 @@ import os
 import shlex
 import subprocess
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -40,10 +41,17 @@ class Ssh:
 
 @dataclass(frozen=True)
 class Answer:
-    """What a host said: a value, or why there is none."""
+    """What a host said.
+
+    Attributes:
+        value: The answer, None if there is none.
+        fault: Why there is none.
+        time: When it was there, in seconds since 1970 of this machine.
+    """
 
     value: Any
     fault: str | None
+    time: float
 
 
 def ask(shell: Shell, questions: Mapping[str, Sequence[str]]) -> dict[str, Answer]:
@@ -75,12 +83,13 @@ def _ask_one(shell: Shell, host: str, question: Sequence[str]) -> Answer:
             start_new_session=True,  # Ctrl-C is the launcher's to handle
         )
     except subprocess.TimeoutExpired:
-        return Answer(None, f"no answer in {ANSWER_S:.0f} s")
-    lines = done.stdout.splitlines()
+        return Answer(None, f"no answer in {ANSWER_S:.0f} s", time.time())
+    now, lines = time.time(), done.stdout.splitlines()
     if done.returncode != 0 or not lines:
         said = " ".join(done.stderr.split())[-300:]
-        return Answer(None, said if said else f"exit code {done.returncode}")
+        return Answer(None, said if said else f"exit code {done.returncode}", now)
     try:
-        return Answer(json.loads(lines[-1]), None)
+        return Answer(json.loads(lines[-1]), None, now)
     except json.JSONDecodeError:
-        return Answer(None, f"said {lines[-1][:100]!r}, which is no JSON; silence its login files")
+        said = f"said {lines[-1][:100]!r}, which is no JSON; silence its login files"
+        return Answer(None, said, now)

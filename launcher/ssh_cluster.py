@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields, replace
 from pathlib import Path
 
 from haloformer.launcher.cluster import Answers, Meeting
@@ -22,6 +23,8 @@ from haloformer.launcher.run_dir import RunDir
 # They say how ranks talk to each other, which is for all hosts or for none. Names that begin with
 # PYTHON, MLFLOW and (with a GPU) NCCL travel without our help.
 _TRAVELLING = ("GLOO_", "NCCL_", "OMP_", "TORCH_", "DS_ACCELERATOR", "TORCHINDUCTOR_", "TRITON_")
+
+_FACTS = {field.name for field in fields(HostFacts)}
 
 
 class RemoteCluster:
@@ -47,21 +50,33 @@ class RemoteCluster:
         self._port, self._address, self._shell = port, address, shell
         self._known: dict[str, HostFacts] = {}
 
-    def facts(self, hosts: Sequence[Host]) -> tuple[dict[str, HostFacts], dict[str, str]]:
+    def facts(
+        self, hosts: Sequence[Host], tracking: str | None = None
+    ) -> tuple[dict[str, HostFacts], dict[str, str]]:
         """What each host says of itself, and why others cannot take part.
 
         A host that sees another folder of this name is named, too: a file in it tells.
+
+        Args:
+            hosts: To ask.
+            tracking: A tracking server that they must reach.
         """
-        port = [] if self._port is None else ["--port", str(self._port)]
+        options = [] if self._port is None else ["--port", str(self._port)]
+        options += [] if tracking is None else ["--tracking", tracking]
         with _marker(self._folder) as marker:
-            questions = {host.name: ["facts", str(self._folder), *port] for host in hosts}
+            questions = {host.name: ["facts", str(self._folder), *options] for host in hosts}
             answers = ask(self._shell, questions)
         facts, faults = {}, {}
         for host, answer in answers.items():
             if answer.fault is not None:
                 faults[host] = f"does not answer: {answer.fault}"
                 continue
-            facts[host] = self._known[host] = HostFacts(**answer.value)
+            if answer.value.keys() != _FACTS:
+                faults[host] = "has another haloformer; install the same on all hosts"
+                continue
+            mine = HostFacts(**answer.value)
+            # But for the time that the answer was on its way.
+            facts[host] = self._known[host] = replace(mine, clock=mine.clock - answer.time)
             if marker not in facts[host].seen:
                 faults[host] = (
                     f"does not see {self._folder} as this machine does; put it on a filesystem "
@@ -227,14 +242,14 @@ def _questions(
 
 @contextlib.contextmanager
 def _marker(folder: Path) -> Iterator[str]:
-    """A file with a name that only this folder has."""
+    """A folder with a name that only this one has; it is no run, and not taken for one."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f".seen-{secrets.token_hex(8)}"
-    path.touch()
+    path.mkdir()
     try:
         yield path.name
     finally:
-        path.unlink(missing_ok=True)
+        path.rmdir()
 
 
 def _write_variables(path: Path, variables: Mapping[str, str]) -> None:

@@ -139,7 +139,7 @@ def start(
 
 def runs_of(folder: Path) -> set[Path]:
     """Folders of all runs started so far."""
-    return set((folder / "runs").iterdir()) if (folder / "runs").is_dir() else set()
+    return {path for path in (folder / "runs").glob("*") if not path.name.startswith(".")}
 
 
 def newest_run(folder: Path) -> RunDir:

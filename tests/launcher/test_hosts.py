@@ -12,7 +12,15 @@ import pytest
 from faults.hosts import Network, hosts, why_not
 from haloformer.launcher.launch import alive_ranks
 from haloformer.launcher.run_dir import RunDir
-from launcher_runs import Started, haloformer, losses, newest_run, start, write_project
+from launcher_runs import (
+    Started,
+    haloformer,
+    losses,
+    newest_run,
+    runs_of,
+    start,
+    write_project,
+)
 
 REASON = why_not()
 pytestmark = [
@@ -101,12 +109,28 @@ def test_hosts_that_cannot_take_part_are_named_before_anything_starts(
     project: Path, network: Network
 ) -> None:
     (project / "more_hosts").write_text("alpha slots=1\ngamma slots=1\n")
-    before = set((project / "runs").iterdir())
+    before = runs_of(project)
     command = [*RECIPE, "--hostfile", "more_hosts"]
     done = haloformer(project, command, network.environment)
     assert done.returncode == 2, done.stdout
     assert "host gamma does not answer" in done.stderr and "alpha" not in done.stderr
-    assert set((project / "runs").iterdir()) == before
+    assert runs_of(project) == before
+
+
+def test_doctor_looks_at_every_host_and_names_the_one_that_is_away(
+    project: Path, network: Network
+) -> None:
+    (project / "more_hosts").write_text("alpha slots=1\nbeta slots=2\ngamma slots=1\n")
+    well = haloformer(project, ["doctor", "--hostfile", "hosts"], network.environment)
+    assert well.returncode == 0, well.stdout + well.stderr
+    for name, address in network.addresses.items():
+        row = next(line for line in well.stdout.splitlines() if f"ok    {name}" in line)
+        for part in (address, "slots=1", "GiB free", "clock", "deepspeed 0.19.8", "torch 2."):
+            assert part in row
+    sick = haloformer(project, ["doctor", "--hostfile", "more_hosts"], network.environment)
+    assert sick.returncode == 2
+    assert "FAIL  gamma" in sick.stdout and "it does not answer" in sick.stdout
+    assert "1 to put right" in sick.stdout
 
 
 @pytest.mark.extended
