@@ -1,9 +1,14 @@
-"""Real servers on loopback for tests: files over HTTP with ranges, and an S3 of moto's."""
+"""Real servers on loopback: files over HTTP with ranges, an S3 of moto's, MLflow's own."""
 
 from __future__ import annotations
 
 import contextlib
+import os
 import re
+import signal
+import socket
+import subprocess
+import sys
 import threading
 from collections import deque
 from collections.abc import Iterator
@@ -14,10 +19,15 @@ import boto3
 from moto.server import ThreadedMotoServer
 
 _RANGE = re.compile(r"bytes=(\d+)-(\d+)")
+S3_KEYS = {
+    "AWS_ACCESS_KEY_ID": "test",
+    "AWS_SECRET_ACCESS_KEY": "test",
+    "AWS_DEFAULT_REGION": "us-east-1",
+}
 
 
 class FileServer:
-    """Serves a folder, notes every request, and fails as it is told.
+    """Serves a folder, takes files, notes every request, and fails as it is told.
 
     Attributes:
         requests: (method, name, range or None), in order.
@@ -67,6 +77,21 @@ class FileServer:
             def do_GET(self) -> None:
                 self.answer(with_body=True)
 
+            def do_PUT(self) -> None:
+                server.requests.append((self.command, self.path, None))
+                content = self.rfile.read(int(self.headers["Content-Length"]))
+                fault = server.faults.popleft() if server.faults else None
+                if fault == "drop":
+                    self.close_connection = True
+                    return
+                if fault is None:
+                    path = server.folder / self.path.lstrip("/")
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    path.write_bytes(content)
+                self.send_response(200 if fault is None else int(fault))
+                self.send_header("Content-Length", "0")
+                self.end_headers()
+
             def answer(self, with_body: bool) -> None:
                 if server._closed:  # a connection that was kept open
                     self.close_connection = True
@@ -106,11 +131,66 @@ def s3_server(bucket: str) -> Iterator[str]:
         host, port = server.get_host_and_port()
         url = f"http://{host}:{port}"
         client = boto3.client(
-            "s3", endpoint_url=url, region_name="us-east-1",
-            aws_access_key_id="test", aws_secret_access_key="test",
+            "s3", endpoint_url=url, region_name=S3_KEYS["AWS_DEFAULT_REGION"],
+            aws_access_key_id=S3_KEYS["AWS_ACCESS_KEY_ID"],
+            aws_secret_access_key=S3_KEYS["AWS_SECRET_ACCESS_KEY"],
         )  # fmt: skip
         client.create_bucket(Bucket=bucket)
         client.close()
         yield url
     finally:
         server.stop()
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port: int = probe.getsockname()[1]
+        return port
+
+
+class TrackingServer:
+    """`mlflow server --serve-artifacts`, which can be stopped and started again.
+
+    Args:
+        folder: For its database and its output.
+        s3_url: The S3 that it keeps artifacts in.
+        bucket: The bucket.
+    """
+
+    def __init__(self, folder: Path, s3_url: str, bucket: str) -> None:
+        self.folder, self._s3_url, self._bucket = folder, s3_url, bucket
+        self._port = free_port()
+        self._process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self._port}"
+
+    def start(self) -> None:
+        """Start it, and wait until it answers."""
+        log = self.folder / "server.log"
+        command = [
+            *(sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--workers", "1"),
+            *("--port", str(self._port), "--backend-store-uri", f"sqlite:///{self.folder}/db"),
+            *("--serve-artifacts", "--artifacts-destination", f"s3://{self._bucket}/artifacts"),
+        ]
+        environment = {**os.environ, **S3_KEYS, "MLFLOW_S3_ENDPOINT_URL": self._s3_url}
+        with log.open("wb") as output:
+            self._process = subprocess.Popen(
+                command, env=environment, stdout=output, stderr=output, start_new_session=True
+            )
+        while True:
+            # A line of the log, so that nobody guesses how long it takes.
+            if "Application startup complete" in log.read_text(errors="replace"):
+                return
+            assert self._process.poll() is None, log.read_text(errors="replace")
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(0.05)
+
+    def stop(self) -> None:
+        """End it and its workers at once, in the middle of whatever they do."""
+        if self._process is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
+            self._process = None
