@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 SOURCES := kernels model launcher data_pipeline configs
 ENWIKI := data/raw/enwiki-slice.xml.bz2
 
-.PHONY: setup train train-led test lint format bench compile-check clean help
+.PHONY: setup train train-led test lint format bench compile-check clean help setup-root
 
 help:
 	@echo 'make train   fetch and prepare the demo text, train on 2 sequence-parallel ranks'
@@ -15,6 +15,7 @@ help:
 	@echo 'make lint    ruff, mypy, import layers, file sizes'
 	@echo 'make bench   time and memory of the attention on this CPU, beside its peers (ten minutes)'
 	@echo 'make compile-check   every attention kernel for sm_80, sm_90 and gfx942, without a GPU'
+	@echo 'make setup-root   what the tests with several hosts and with SLURM need (Debian, as root)'
 	@echo 'make clean   remove .venv, data and caches; runs and mlflow.db stay'
 
 setup: $(STAMP)
@@ -28,6 +29,11 @@ $(STAMP): pyproject.toml
 	@$(BIN)/pip install -qq torch==2.13.0
 	@$(BIN)/pip install -qq --editable '.[dev,hf,demo,rouge,remote]'
 	@touch $@
+
+# Network namespaces, ssh between them and pdsh; a SLURM of one node. Without them those tests skip.
+setup-root:
+	apt-get update -qq
+	apt-get install -y -qq iproute2 openssh-server pdsh slurm-wlm
 
 # The slice of Wikipedia that the gensim package carries: 6 MB of MediaWiki XML, sha256 checked.
 $(ENWIKI): | $(STAMP)
