@@ -121,6 +121,16 @@ def test_every_corpus_is_read_once_per_epoch(make_dataset, make_config) -> None:
             assert sum(place[0] == epoch for place, _ in counts) == sum(lengths)
 
 
+def test_sequences_of_two_corpora_have_masks_of_their_own(make_dataset, make_config) -> None:
+    corpora = [Corpus(make_dataset([3000], name=name)) for name in ("one", "two")]
+    stream = TrainStream(
+        corpora, make_config(), seed=5, global_batch=2, data_rank=0, data_world=1
+    )  # fmt: skip
+    rows = [row for _ in range(20) for row in stream.next_batch().labels]
+    masks = {tuple(np.flatnonzero(row != -100)) for row in rows}
+    assert len(masks) == len(rows) == 40
+
+
 def test_identity_names_every_corpus_and_its_weight(blended) -> None:
     corpora = blended.corpora
     base = blended(1)[0].identity()

@@ -17,6 +17,7 @@ from haloformer.data_pipeline.index import load_index, load_table
 from haloformer.data_pipeline.prefetch import Prefetcher
 from haloformer.data_pipeline.seq2seq import PairTrainStream
 from haloformer.data_pipeline.stream import CausalTrainStream, TrainStream
+from haloformer.data_pipeline.workers import Workers
 
 STREAMS = {"masked": TrainStream, "causal": CausalTrainStream, "pairs": PairTrainStream}
 PLACE = {"seed": 5, "global_batch": 6, "data_rank": 1, "data_world": 2}
@@ -97,17 +98,14 @@ def test_resume_continues_after_the_last_batch_given(make_dataset, make_config) 
 
 
 class Observed(TrainStream):
-    """Says when a batch is being made."""
+    """Says when a batch was made."""
 
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
         self.made = threading.Semaphore(0)
-        self.given = self.furthest = self.num_made = 0
 
     def next_batch(self):
         batch = super().next_batch()
-        self.num_made += 1
-        self.furthest = max(self.furthest, self.num_made - self.given)
         self.made.release()
         return batch
 
@@ -127,13 +125,11 @@ def test_the_next_batch_is_made_while_the_last_is_used(observed) -> None:
 
 def test_never_more_than_depth_batches_are_ahead(observed) -> None:
     ahead = Prefetcher(observed, 2)
-    for _ in range(50):
+    for _ in range(3):
         ahead.next_batch()
-        observed.given += 1
+    assert all(observed.made.acquire(timeout=WAIT) for _ in range(3 + 2))
+    assert not observed.made.acquire(timeout=0.3)  # one more would take a millisecond
     ahead.close()
-    assert 0 < observed.num_made - observed.given <= 2
-    # The one that was just taken counts as not yet given here, hence the third.
-    assert 0 < observed.furthest <= 3
 
 
 @pytest.mark.parametrize("workers", [1, 3])
@@ -158,6 +154,22 @@ def test_an_error_is_raised_in_the_place_of_its_batch(workers, make_dataset, mak
     with pytest.raises(CorruptSampleError):
         ahead.next_batch()
     ahead.close()
+
+
+def test_an_error_waits_until_all_workers_rest() -> None:
+    workers, both = Workers(2, [0, 1]), threading.Barrier(2)
+    rests = []
+
+    def make(slot: int) -> None:
+        both.wait(WAIT)
+        if slot == 0:
+            raise ValueError("slot 0")
+        rests.append(sum(range(2_000_000)))
+
+    with pytest.raises(ValueError, match="slot 0"):
+        workers.map(make)
+    assert rests
+    workers.close()
 
 
 def prefetch_threads() -> list[threading.Thread]:

@@ -211,6 +211,7 @@ def test_state_of_another_run_is_refused_and_changes_nothing(make_dataset, make_
         {**before, "2": [0, 10**6, 0, 0]},
         {**before, "2": [0, 0, 0]},
         {**before, "2": [0, -1, 0, 0]},
+        {**before, "2": [*before["2"][:3], 7]},  # of another step
     ):
         with pytest.raises(DataError, match="state"):
             stream.load_state(bad)
