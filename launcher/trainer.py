@@ -125,6 +125,7 @@ class Trainer:
         start = time.perf_counter()
         config, engine = self.config, self.engine
         batch = self.train.next_batch()
+        waited = time.perf_counter() - start
         agreed = self._agree_before(batch)
         num_targets = agreed.num_targets
         rate = learning_rate(step, config.steps, config.optim)
@@ -145,6 +146,7 @@ class Trainer:
             "grad_norm": grad_norm(engine),
             "learning_rate": rate,
             **self.speed.rates(agreed.num_tokens, time.perf_counter() - start),
+            "data_seconds": waited,  # of rank 0, for its batch; about 0 when prefetch keeps up
             **agreed.counts,
         }
         if config.data.stages:

@@ -55,7 +55,9 @@ def test_a_whole_run_learns_evaluates_checkpoints_and_says_what_next(
     assert sorted(loss) == list(range(1, 25))
     assert loss[24] < loss[1]
     assert "64 then 128 tokens" in output
-    lengths = {r["step"]: r["seq_len"] for r in run_dir.read_metrics() if "loss" in r}
+    steps = [r for r in run_dir.read_metrics() if "loss" in r]
+    assert all(0 <= r["data_seconds"] <= r["step_seconds"] for r in steps)
+    lengths = {r["step"]: r["seq_len"] for r in steps}
     assert lengths == {step: 64 if step <= 12 else 128 for step in range(1, 25)}
     evaluated = held_out(run_dir)
     assert sorted(evaluated) == [0, 24]
