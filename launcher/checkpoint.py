@@ -104,7 +104,7 @@ class CheckpointStore:
             state: What the trainer needs besides weights and moments; rank 0's counts.
         """
         started = time.perf_counter()
-        self._wait()
+        self.wait()
         snapshot = take_snapshot(engine, self._topology)
         waited = time.perf_counter() - started
         self._begin(_Pending(step, snapshot, state, started, waited))
@@ -129,7 +129,7 @@ class CheckpointStore:
         self.save(engine, step, state)
         pending, pause, paused = self._pending, 1.0, 0.0
         assert pending is not None
-        while (error := self._wait()) is not None:
+        while (error := self.wait()) is not None:
             if paused + pause > patience:
                 raise CheckpointError(error)
             if self._topology.rank == 0:
@@ -141,9 +141,23 @@ class CheckpointStore:
     def poll(self) -> list[Outcome]:
         """How checkpoints ended since the last call, on this rank; does not wait."""
         if self._pending is not None and self._result.done():
-            self._wait()
+            self.wait()
         ended, self._ended = self._ended, []
         return ended
+
+    def wait(self) -> str | None:
+        """Wait for the checkpoint on its way; why it failed, None if it did not."""
+        if self._pending is None:
+            return None
+        pending, self._pending = self._pending, None
+        error = None
+        try:
+            self._result.result()
+        except CheckpointError as fault:
+            error = str(fault)
+        seconds = time.perf_counter() - pending.started
+        self._ended.append(Outcome(pending.step, error, pending.waited, seconds))
+        return error
 
     def load(self, engine: Engine, step: int) -> dict[str, Json]:
         """Bring a fresh engine to where ``save`` was called, on this layout or any other.
@@ -174,20 +188,6 @@ class CheckpointStore:
         self._result = self._worker.submit(
             self._committer.commit, pending.snapshot, pending.step, pending.state
         )
-
-    def _wait(self) -> str | None:
-        """Wait for the checkpoint on its way; why it failed, None if it did not."""
-        if self._pending is None:
-            return None
-        pending, self._pending = self._pending, None
-        error = None
-        try:
-            self._result.result()
-        except CheckpointError as fault:
-            error = str(fault)
-        seconds = time.perf_counter() - pending.started
-        self._ended.append(Outcome(pending.step, error, pending.waited, seconds))
-        return error
 
     @contextlib.contextmanager
     def _on_this_host(self, manifest: Manifest) -> Iterator[Path]:

@@ -8,7 +8,9 @@ opens them the last ones, while a file that appears or is renamed may take it a 
 from __future__ import annotations
 
 import json
+import math
 import os
+import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -159,6 +161,15 @@ class RunDir:
             if record is not None and record["attempt"] == attempt:
                 beats[int(file.stem)] = Beat(**record)
         return beats
+
+    def seconds_since_beat(self) -> float | None:
+        """Age of the newest beat of a rank; infinite if all ended, None if none ever beat here."""
+        files = list((self.path / "ranks").glob("*.beat"))
+        records = [(file, _read_record(file)) for file in files]
+        going = [file for file, record in records if record is None or record["code"] is None]
+        if not files or not going:
+            return math.inf if files else None
+        return time.time() - max(file.stat().st_mtime for file in going)
 
     def write_state(self, state: State, step: int) -> None:
         """Say how far the run came and whether it goes on."""

@@ -155,6 +155,7 @@ class Trainer:
         # DeepSpeed passes over a step whose gradient is not finite, without a word.
         norm = values["grad_norm"]
         if not (math.isfinite(loss) and math.isfinite(norm)):
+            self.store.wait()  # what is on its way is from before, and all there will be
             raise ValueError(
                 f"step {step + 1}: the loss is {loss} and the gradient norm {norm}; the newest "
                 "checkpoint is from before it: resume with a lower optim.learning_rate"

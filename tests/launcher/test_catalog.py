@@ -2,12 +2,15 @@
 
 import json
 import logging
+import os
+from pathlib import Path
 
 import pytest
 from mlflow import MlflowClient
 
 from haloformer.configs.load import config_hash
 from haloformer.launcher.catalog import MANIFEST, Catalog, check_disk, folder_of, required_bytes
+from haloformer.launcher.cli import main
 from haloformer.launcher.manifest import (
     FileEntry,
     LayoutRecord,
@@ -16,6 +19,7 @@ from haloformer.launcher.manifest import (
     describe_file,
     fault_of_file,
 )
+from haloformer.launcher.run_dir import Beat, RunDir
 from layouts import Case, tiny_config
 
 
@@ -227,3 +231,61 @@ def test_required_bytes_bounds_the_real_size(walked):
     files = (folder / str(Case(2, 2, 1))).glob("*.safetensors")
     written = sum(file.stat().st_size for file in files)
     assert 12 * num_parameters < written < required_bytes(num_parameters)
+
+
+@pytest.fixture
+def prune(catalog, client, tmp_path, monkeypatch, capsys):
+    """The command, for a run whose ranks beat last so many seconds ago; exit code and errors."""
+
+    def command(seconds_ago, code=None):
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", client.tracking_uri)
+        run_dir = RunDir(Path("runs", catalog.run_id))
+        run_dir.create()
+        if seconds_ago is not None:
+            run_dir.write_beat(0, Beat("attempt", 1, 3, code))
+            beat = run_dir.path / "ranks" / "0.beat"
+            os.utime(beat, (beat.stat().st_mtime - seconds_ago,) * 2)
+        done = main(["checkpoints", catalog.run_id, "--prune"])
+        return done, capsys.readouterr().err
+
+    return command
+
+
+def test_prune_frees_what_a_killed_run_left_and_keeps_its_newest_sound_one(catalog, prune):
+    for step in (1, 2, 3, 4):
+        damaged = write(catalog, step)
+    damaged.write_bytes(b"damaged")
+    write(catalog, 5, commit=False)
+    done, said = prune(3600)
+    assert done == 0
+    assert "deleted step 1, step 4, step 5 of run" in said
+    assert catalog.steps() == [3, 2]  # the recipe keeps two
+
+
+@pytest.mark.parametrize(
+    ("seconds_ago", "code", "reason"),
+    [(2, None, "is training (a rank gave a sign of life"), (None, None, "cannot be known here")],
+)
+def test_prune_leaves_a_run_alone_that_trains_or_may_train(
+    catalog, prune, seconds_ago, code, reason
+):
+    write(catalog, 4, commit=False)
+    write(catalog, 3)
+    done, said = prune(seconds_ago, code)
+    assert done == 2 and reason in said
+    assert catalog.steps() == [4, 3]
+
+
+def test_prune_may_follow_at_once_when_all_ranks_have_ended(catalog, prune):
+    write(catalog, 4, commit=False)
+    write(catalog, 3)
+    assert prune(0, code=0)[0] == 0
+    assert catalog.steps() == [3]
+
+
+def test_prune_deletes_nothing_where_nothing_is_sound(catalog, prune):
+    write(catalog, 1).write_bytes(b"damaged")
+    done, said = prune(3600)
+    assert done == 2 and "no sound checkpoint; nothing deleted" in said
+    assert catalog.steps() == [1]
