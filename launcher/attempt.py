@@ -134,9 +134,10 @@ def _wait(runner: subprocess.Popen[bytes], watch: Watch, signals: StopSignals) -
             return None
         if signals.count > 1:
             return Fault("ended at once, as asked")
-        fault = watch.check(time.monotonic())
-        if fault is not None:
-            return fault
+        with contextlib.suppress(OSError):  # the shared folder may be away for a moment
+            fault = watch.check(time.monotonic())
+            if fault is not None:
+                return fault
 
 
 def _end(

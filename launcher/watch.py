@@ -6,7 +6,8 @@
     killed              answers       no beat; asked, no such process      that rank died
     whatever            cut off       no step; asked 3 times, no answer    that host is lost
 
-Hosts are asked only while nothing moves, so a run that trains costs no connection.
+Hosts are asked only while nothing moves, so a run that trains costs no connection; and less and
+less often while all of them answer, for a slow step may be an upload of an hour.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from haloformer.launcher.run_dir import Beat, RunDir
 SILENT_S = 5.0  # a rank beats every second
 STALL_S = 6.0
 ASK_EVERY_S = 2.0
+ASK_AT_LEAST_EVERY_S = 30.0
 STRIKES = 3
 # After the first failure the others have this long to say what they saw of it.
 GRACE_S = 3.0
@@ -58,6 +60,7 @@ class Watch:
     _step: int = -1
     _moved: float | None = None
     _asked: float = float("-inf")
+    _pause: float = ASK_EVERY_S
     _failed: tuple[float, Fault] | None = None
     _strikes: dict[str, int] = field(default_factory=dict)
     _missing: set[int] = field(default_factory=set)
@@ -77,7 +80,7 @@ class Watch:
         if self._failed is not None:
             since, fault = self._failed
             return fault if now - since >= GRACE_S else None
-        if not self._suspicious(beats, now) or now - self._asked < ASK_EVERY_S:
+        if not self._suspicious(beats, now) or now - self._asked < self._pause:
             return None
         self._asked = now
         return self._ask(now)
@@ -102,7 +105,7 @@ class Watch:
                 silent = True
         step = max((beat.step for beat in beats.values()), default=-1)
         if step != self._step:
-            self._step, self._moved = step, now
+            self._step, self._moved, self._pause = step, now, ASK_EVERY_S
             self._strikes.clear()
         return silent or now - self._moved >= STALL_S
 
@@ -110,12 +113,16 @@ class Watch:
         alive = self.look()
         for host, answer in alive.items():
             self._strikes[host] = 0 if answer is not None else self._strikes.get(host, 0) + 1
+        calm = all(strikes == 0 for strikes in self._strikes.values())
+        self._pause = min(2 * self._pause, ASK_AT_LEAST_EVERY_S) if calm else ASK_EVERY_S
         lost = tuple(host for host, strikes in self._strikes.items() if strikes >= STRIKES)
         if lost:
             return Fault(f"{' and '.join(lost)} did not answer {STRIKES} times in a row", lost)
         # Read after the question: a rank that has ended meanwhile has said so before it did.
         gone = self._gone(self.run_dir.read_beats(self.attempt), alive)
         again, self._missing = gone & self._missing, gone
+        if gone:
+            self._pause = ASK_EVERY_S
         return Fault(self._name(min(again)) + " died") if again else None
 
     def _gone(self, beats: Mapping[int, Beat], alive: Mapping[str, set[int] | None]) -> set[int]:

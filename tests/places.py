@@ -1,5 +1,7 @@
 """What each of 4 ranks is told about its place, under several layouts."""
 
+from datetime import timedelta
+
 import pytest
 import torch
 import torch.distributed
@@ -14,7 +16,7 @@ def describe(rank):
     """What this rank is told under each layout, then what refused layouts say."""
     seen = []
     for layout in LAYOUTS:
-        topology = build_topology(layout)
+        topology = build_topology(layout, timedelta(seconds=77))
         adapter = MpuAdapter(topology)
         members = torch.distributed.get_process_group_ranks
         seen.append(
@@ -23,6 +25,7 @@ def describe(rank):
                 "data": members(topology.data_group),
                 "context": members(topology.context_group),
                 "data_context": members(topology.data_context_group),
+                "timeout": str(_timeout(topology.context_group)),
                 "tensor": topology.tensor_group and members(topology.tensor_group),
                 "adapter_data": members(adapter.get_data_parallel_group()),
                 "adapter_size": adapter.get_data_parallel_world_size(),
@@ -39,3 +42,7 @@ def describe(rank):
     with pytest.raises(ValueError, match="not JSON compliant"):
         gather_json(float("nan"), None, torch.device("cpu"))
     return seen, [(t["rank"], len(t["text"])) for t in texts]
+
+
+def _timeout(group):
+    return group._get_backend(torch.device("cpu")).options._timeout

@@ -33,6 +33,7 @@ def test_every_rank_knows_its_place(index, seen):
         assert place["adapter_data"] == shared and place["adapter_size"] == len(shared)
         assert place["adapter_rank"] == shared.index(rank)
         assert place["adapter_sequence"] == 1 and place["same"]
+        assert place["timeout"] == "0:01:17"
 
 
 def test_gathering_keeps_rank_order_and_sizes(seen):

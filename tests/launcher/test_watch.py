@@ -53,7 +53,7 @@ def test_a_run_that_moves_costs_no_question(watched: Watched) -> None:
 
 def test_a_step_of_an_hour_on_hosts_that_answer_is_slow_and_nothing_else(watched: Watched) -> None:
     assert watched.fault_within(3600) is None
-    assert watched.asked > 100
+    assert 100 < watched.asked < 200
 
 
 def test_a_host_that_does_not_answer_while_nothing_moves_is_lost(watched: Watched) -> None:
@@ -67,9 +67,10 @@ def test_one_answer_clears_the_strikes(watched: Watched) -> None:
     watched.alive["b"] = None
     assert watched.fault_within(STALL_S + (STRIKES - 1) * ASK_EVERY_S) is None
     watched.alive["b"] = {1}
-    assert watched.fault_within(2 * ASK_EVERY_S) is None
+    assert watched.fault_within(ASK_EVERY_S) is None
     watched.alive["b"] = None
-    assert watched.fault_within((STRIKES - 1) * ASK_EVERY_S) is None
+    assert watched.fault_within(STRIKES * ASK_EVERY_S) is None
+    assert watched.fault_within(2 * ASK_EVERY_S) is not None
 
 
 def test_a_killed_rank_is_noticed_by_its_silence_though_the_others_hang(watched: Watched) -> None:
