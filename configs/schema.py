@@ -173,12 +173,17 @@ class EvalConfig(Section):
 
 
 class TrackingConfig(Section):
-    """MLflow. The default is an embedded database and artifact folder below ``runs``."""
+    """MLflow. The default is an embedded database and artifact folder below ``runs``.
+
+    ``log_model``: at the end put the weights into the run as an MLflow model that transformers
+    loads, beside the checkpoints that only haloformer reads.
+    """
 
     experiment: str = "haloformer"
     uri: str | None = None
     artifacts: str | None = None
     log_every: PositiveInt = 1
+    log_model: bool = True
 
 
 class TrainConfig(Section):

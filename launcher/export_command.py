@@ -5,8 +5,6 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from haloformer.configs.models import LedConfig
-from haloformer.configs.schema import TrainConfig
 from haloformer.configs.sizes import num_parameters
 from haloformer.data_pipeline.files import check_free_disk
 from haloformer.data_pipeline.tokenizer_json import write_for_transformers
@@ -53,13 +51,8 @@ def run(arguments: argparse.Namespace) -> int:
     check_free_disk(target, 4 * num_parameters(trained.config.model, vocab_size))
     with new_folder(target) as scratch:
         save_pretrained(trained.model, scratch)
-        write_for_transformers(trained.tokenizer, scratch, _longest_input(trained.config))
+        write_for_transformers(trained.tokenizer, scratch, trained.longest_input)
     kind = {"byte": "bytes", "bpe": "byte-level BPE"}[trained.tokenizer.kind]
     architecture = trained.model.raw_config["architectures"][0]
     print(f"wrote {target}: {architecture}, tokenizer: {kind} ({vocab_size} tokens)", flush=True)
     return 0
-
-
-def _longest_input(config: TrainConfig) -> int:
-    model = config.model
-    return model.max_source_positions if isinstance(model, LedConfig) else model.max_positions

@@ -20,7 +20,7 @@ from pathlib import Path
 from mlflow.exceptions import MlflowException
 
 from haloformer.configs.load import parse_config
-from haloformer.configs.schema import CharLmConfig, TrackingConfig, TrainConfig
+from haloformer.configs.schema import CharLmConfig, LedConfig, TrackingConfig, TrainConfig
 from haloformer.data_pipeline.index import ShardIndex, load_index
 from haloformer.data_pipeline.remote import split_address
 from haloformer.data_pipeline.tokenizers import TOKENIZER_FILES, Tokenizer, load_tokenizer
@@ -65,6 +65,12 @@ class TrainedModel:
     tokenizer: Tokenizer
     run_id: str
     step: int
+
+    @property
+    def longest_input(self) -> int:
+        """Tokens that the model can read at once."""
+        model = self.config.model
+        return model.max_source_positions if isinstance(model, LedConfig) else model.max_positions
 
 
 def load_run(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shutil
 from pathlib import Path
 
 from haloformer.configs.schema import TrackingConfig
@@ -11,6 +12,7 @@ from haloformer.launcher import tracking
 from haloformer.launcher.artifacts import ArtifactFolder
 from haloformer.launcher.catalog import MANIFEST, Catalog, folder_of
 from haloformer.launcher.known_runs import RUNS, KnownRun, find_runs, read_known
+from haloformer.launcher.model_artifact import FOLDER as MODEL_FOLDER
 from haloformer.launcher.sender import FAULTS, Sender
 from haloformer.launcher.spool import Spool
 
@@ -84,6 +86,7 @@ def deliver(folder: Path) -> tuple[int, int, str]:
             raise ValueError(f"{folder.name} is training, and sends by itself")
         sender = Sender(spool)
         sent = sender.send_all()
+        shutil.rmtree(folder / MODEL_FOLDER, ignore_errors=True)  # as large as the weights
         known = read_known(folder)
         assert known is not None
         copied = 0

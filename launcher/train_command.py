@@ -21,6 +21,7 @@ from haloformer.launcher.cluster import Cluster
 from haloformer.launcher.clusters import cluster_of
 from haloformer.launcher.hosts import Host, fill, num_slots
 from haloformer.launcher.known_runs import RUNS, KnownRun, start_run
+from haloformer.launcher.model_artifact import spool_model
 from haloformer.launcher.plot import write_curve
 from haloformer.launcher.resume import AlreadyTrainedError, resume_point
 from haloformer.launcher.run_dir import Plan, RunDir
@@ -166,9 +167,14 @@ def _report(config: TrainConfig, job: Job, outcome: str) -> None:
     fault = write_curve(run_dir.read_metrics(), config.name, run_dir.curve_file)
     if fault is None:
         Spool(run_dir.path).add_artifact(run_dir.curve_file)
+    model = None
+    if outcome == "finished" and config.tracking.log_model:
+        model = spool_model(known, run_dir.path)
     told = tell_server(run_dir.path)
     print(f"\nrun {known.run_id} {outcome}")
     print(f"  checkpoints  {_checkpoints(known)}")
+    if model is not None:
+        print(f"  model        {model}")
     print(f"  loss curve   {run_dir.curve_file if fault is None else fault}")
     print(f"  MLflow       {_page(known.tracking_uri)}")
     if told is not None:

@@ -35,6 +35,7 @@ TINY = {
     "parallel": {"context": 2, "zero_stage": 1},
     "checkpoint": {"every": 8},
     "eval": {"batches": 2},
+    "tracking": {"log_model": False},  # seconds at the end of every run; test_export_command does
 }
 
 

@@ -5,10 +5,12 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import mlflow
 import pytest
 import torch
 import transformers
 import yaml
+from mlflow import MlflowClient
 from tokenizers import Tokenizer as Engine
 
 import hf_peers
@@ -31,7 +33,10 @@ LED = {
     "attention_window": [8, 16],
     "initializer_range": 0.3,
 }
-TRAIN = ["train", "tiny.yaml", "steps=4", "checkpoint.every=2", "model.dilation=1", "--ranks", "2"]
+TRAIN = [
+    *("train", "tiny.yaml", "steps=4", "checkpoint.every=2", "model.dilation=1"),
+    *("tracking.log_model=true", "--ranks", "2"),
+]
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +60,7 @@ def led_project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "led.yaml").write_text(yaml.safe_dump(recipe))
     words = ["--input", str(folder / "pairs.jsonl"), "--format", "pairs", "--tokenizer", "byte"]
     assert main(["prepare", *words, "--output", str(folder / "data")]) == 0
-    done = haloformer(folder, ["train", "led.yaml", "--ranks", "1"])
+    done = haloformer(folder, ["train", "led.yaml", "tracking.log_model=true", "--ranks", "1"])
     assert done.returncode == 0, done.stdout + done.stderr
     return folder
 
@@ -133,6 +138,44 @@ def test_the_tokenizer_comes_along_and_encodes_as_the_run_did(tmp_path):
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
     assert theirs("Grüße")["input_ids"] == [0, *trained.tokenizer.encode("Grüße").tolist(), 2]
     assert (theirs.mask_token_id, theirs.pad_token_id, theirs.model_max_length) == (260, 1, 128)
+
+
+def test_the_run_holds_its_model_as_mlflow_and_transformers_load_it(project):
+    uri = f"sqlite:///{project}/mlflow.db"
+    client, run = MlflowClient(uri), run_id()
+    assert not (newest_run(project).path / "model").exists()  # sent, and not kept twice
+    trained = load_run(run)
+    ids = torch.randint(5, 250, (2, 70), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones_like(ids)
+    mask[1, 40:] = 0
+    expected = trained.model(ids, mask).logits
+    mlflow.set_tracking_uri(uri)
+    try:
+        parts = mlflow.transformers.load_model(f"runs:/{run}/model", return_type="components")
+        filler = mlflow.transformers.load_model(f"runs:/{run}/model")
+    finally:
+        mlflow.set_tracking_uri(None)
+    assert isinstance(filler, transformers.FillMaskPipeline)
+    assert filler("word1 of <mask>ine 3")[0]["token_str"]
+    assert (
+        parts["tokenizer"]("Gr\u00fc\u00dfe").input_ids[1:-1]
+        == trained.tokenizer.encode("Gr\u00fc\u00dfe").tolist()
+    )
+    folder = client.download_artifacts(run, "model/model")
+    for peer in (parts["model"], transformers.AutoModelForMaskedLM.from_pretrained(folder)):
+        theirs = peer.eval()(ids, mask).logits
+        assert (theirs - expected)[mask.bool()].abs().max() < 1e-5
+
+
+def test_an_led_run_holds_its_model_too(led_project):
+    uri = f"sqlite:///{led_project}/mlflow.db"
+    run = newest_run(led_project).path.name
+    mlflow.set_tracking_uri(uri)
+    try:
+        parts = mlflow.transformers.load_model(f"runs:/{run}/model", return_type="components")
+    finally:
+        mlflow.set_tracking_uri(None)
+    assert isinstance(parts["model"], transformers.LEDForConditionalGeneration)
 
 
 def test_the_step_that_is_named_is_the_one_that_is_written(tmp_path):
