@@ -56,8 +56,10 @@ def main() -> int:
     except ValueError as error:
         print(f"rank {rank}: error: {error}", file=sys.stderr, flush=True)
         code = 2
-    except Exception:
-        print(f"rank {rank}:\n{traceback.format_exc()}", file=sys.stderr, flush=True)
+    except Exception as error:
+        # When one of many ranks dies, its own words must not drown in tracebacks of the others.
+        text = _lost_peer(error) or f"\n{traceback.format_exc()}"
+        print(f"rank {rank}: {text}", file=sys.stderr, flush=True)
         code = 1
     pulse.end(code)
     if code != 0:
@@ -131,6 +133,15 @@ def check_identity(saved: dict[str, str | int], train: TrainSource[AnyBatch]) ->
             f"{train.facts.place}: {', '.join(changed)} changed since the checkpoint; resume "
             "with the data and the batch of the run, or start a new run without --resume"
         )
+
+
+def _lost_peer(error: Exception) -> str | None:
+    """One line on an error that only says that another rank is gone, None for any other."""
+    # gloo's are plain RuntimeErrors that begin with a file of its source.
+    if isinstance(error, dist.DistError) or "/gloo/transport/" in str(error):
+        said = " ".join(str(error).split())[:300]
+        return f"a collective failed, most likely because another rank is gone: {said}"
+    return None
 
 
 def _speed(flops_per_token: float | None, topology: Topology) -> Speed:

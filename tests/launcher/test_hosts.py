@@ -86,6 +86,7 @@ def test_a_run_stopped_killed_and_cut_off_has_the_losses_of_one_left_alone_on_on
         "with 1 ranks (data 1, context 1, tensor 1)",
     ):
         assert part in output, output
+    assert "Traceback" not in output, "one line from each rank that only lost another"
     assert not any(Path(f"/proc/{pid}").exists() for pid in [*first.values(), *second.values()])
     assert run_dir.read_state() == ("finished", 48)
     loss = losses(run_dir)
