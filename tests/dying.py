@@ -2,6 +2,7 @@
 
 import os
 import signal
+import threading
 
 from haloformer.launcher.commit import Committer
 
@@ -20,11 +21,19 @@ def die():
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+def die_later(delay):
+    """Die in so many seconds, wherever this process is by then; who ends before gets away."""
+    bomb = threading.Timer(delay, die)
+    bomb.daemon = True
+    bomb.start()
+
+
 class DyingCommitter(Committer):
     """Kills its process at ``phase`` of the first commit at ``step`` or later."""
 
     phase = None
     step = 0
+    delay = 0.0  # for what is cut short somewhere in the middle
 
     def _is_now(self, phase, step):
         return phase == self.phase and step >= self.step
@@ -39,6 +48,8 @@ class DyingCommitter(Committer):
     def _publish(self, step, attempt, folder):
         if self._is_now("before_hash", step):
             die()
+        if self._is_now("in_upload", step):
+            die_later(self.delay)
         entries = super()._publish(step, attempt, folder)
         if self._is_now("after_upload", step):
             die()
@@ -52,8 +63,11 @@ class DyingCommitter(Committer):
         if self._is_now("before_manifest", self._committed):
             die()
         if self._is_now("manifest_half_written", self._committed):
-            self._catalog.artifacts.local_path(name).write_text(text[: len(text) // 2])
-            die()
+            local = self._catalog.artifacts.local_path(name)
+            if local is not None:
+                local.write_text(text[: len(text) // 2])
+                die()
+            die_later(self.delay)
         super()._write_manifest(name, text)
 
     def _prune(self, newest):

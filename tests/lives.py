@@ -1,7 +1,8 @@
 """Starts the real worker again and again, in forked ranks: a life of a run takes seconds.
 
 Importing torch, DeepSpeed, megatron and MLflow takes longer than a small training run, so one
-process imports them and forks the ranks of every life from there. It must have no thread.
+process imports them and forks the ranks of every life from there. It must have no thread and no
+open connection: whatever asks MLflow something does so in a child, too (``in_child``).
 """
 
 import contextlib
@@ -11,9 +12,11 @@ import signal
 import socket
 import sqlite3
 import sys
+import tempfile
 import threading
 import traceback
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +26,24 @@ from mlflow.store.tracking import sqlalchemy_store
 
 from haloformer.configs.load import parse_config
 from haloformer.configs.schema import TrackingConfig, TrainConfig
-from haloformer.launcher import worker
+from haloformer.launcher import tracking, worker
 from haloformer.launcher.catalog import Catalog, folder_of
-from haloformer.launcher.known_runs import read_known, start_run
+from haloformer.launcher.known_runs import KnownRun, read_known, start_run
 from haloformer.launcher.run_dir import Orders, Plan, RunDir
 
 BEFORE_THE_FORK = (sqlalchemy_store,)  # MLflow would import it in every rank, for a second
 ATTEMPT = "life"
 LIMIT_S = 120
+
+
+def in_child(work: Callable[[], Any]) -> Any:
+    """What a function returns in a forked process, through JSON."""
+    with tempfile.TemporaryDirectory() as folder:
+        answer = Path(folder, "answer")
+        pid = fork(lambda: answer.write_text(json.dumps(work())))
+        _, status = os.waitpid(pid, 0)
+        assert status == 0, f"ended with status {status}"
+        return json.loads(answer.read_text())
 
 
 def fork(work: Callable[[], Any]) -> int:
@@ -59,19 +72,26 @@ class Runner:
     Args:
         folder: With the project of ``launcher_runs.write_project`` and room for everything else.
         name: Of the run.
+        server: Address of an MLflow server that keeps the checkpoints and its database, ``db``, in
+            ``folder``; None keeps them in the folder of the run.
     """
 
-    def __init__(self, folder: Path, name: str) -> None:
+    def __init__(self, folder: Path, name: str, server: str | None = None) -> None:
         torch.set_num_threads(1)
         self.folder = folder
         self.recipe = yaml.safe_load((folder / "tiny.yaml").read_text())
         for part in ("train", "eval"):
             self.recipe["data"][part] = str(folder / self.recipe["data"][part])
-        # As if the server were away: this process must not open its database.
-        uri = f"sqlite:///{folder}/mlflow.db"
-        self.known = start_run(None, uri, TrackingConfig(), name, folder / "runs")
+        self.database = folder / ("mlflow.db" if server is None else "db")
+        uri = f"sqlite:///{self.database}" if server is None else server
+
+        def begin() -> dict[str, Any]:
+            # Without a server as if it were away: the run is made when there is something to tell.
+            client = None if server is None else tracking.connect(server)
+            return asdict(start_run(client, uri, TrackingConfig(), name, folder / "runs"))
+
+        self.known = KnownRun(**in_child(begin))
         self.run_dir = RunDir(folder / "runs" / self.known.run_id)
-        self.catalog = Catalog(self.known.artifacts(), self.known.run_id)
 
     def config(self, parallel: dict[str, int] | None = None) -> TrainConfig:
         """The recipe, spread over the ranks in another way if asked."""
@@ -80,8 +100,12 @@ class Runner:
 
     def committed(self) -> int | None:
         """The step to go on from."""
-        newest = self.catalog.newest_valid()
-        return None if newest is None else newest.step
+
+        def ask() -> int | None:
+            newest = self._catalog().newest_valid()
+            return None if newest is None else newest.step
+
+        return in_child(ask)
 
     def live(
         self,
@@ -131,18 +155,23 @@ class Runner:
 
     def files(self) -> dict[str, tuple[Any, bytes]]:
         """Header and tensors of every file of the newest checkpoint."""
-        newest = self.catalog.newest_valid()
-        assert newest is not None, "no checkpoint was committed"
-        step = self.catalog.artifacts.local_path(folder_of(newest.step))
-        assert step is not None
-        folder = step / newest.folder
-        return {path.name: _split(path.read_bytes()) for path in sorted(folder.iterdir())}
+        with tempfile.TemporaryDirectory() as folder:
+
+            def copy() -> None:
+                catalog = self._catalog()
+                newest = catalog.newest_valid()
+                assert newest is not None, "no checkpoint was committed"
+                for entry in newest.files:
+                    catalog.artifacts.fetch(f"{folder_of(newest.step)}/{entry.name}", Path(folder))
+
+            in_child(copy)
+            return {path.name: _split(path.read_bytes()) for path in Path(folder).iterdir()}
 
     def told(self) -> list[tuple[int, float]]:
         """Step and loss of all that MLflow has heard, a step that it heard twice twice."""
         known = read_known(self.run_dir.path)
         assert known is not None
-        with contextlib.closing(sqlite3.connect(self.known.tracking_uri[10:])) as database:
+        with contextlib.closing(sqlite3.connect(self.database)) as database:
             return database.execute(
                 "SELECT step, value FROM metrics WHERE run_uuid = ? AND key = 'loss' ORDER BY step",
                 (known.mlflow_id,),
@@ -150,8 +179,15 @@ class Runner:
 
     def leftovers(self) -> list[int]:
         """Steps with files but no manifest."""
-        committed = {entry.step for entry in self.catalog.committed()}
-        return sorted(set(self.catalog.steps()) - committed)
+
+        def ask() -> list[int]:
+            catalog = self._catalog()
+            return sorted(set(catalog.steps()) - {entry.step for entry in catalog.committed()})
+
+        return in_child(ask)
+
+    def _catalog(self) -> Catalog:
+        return Catalog(self.known.artifacts(), self.known.run_id)
 
     def _be_rank(
         self, rank: int, num_ranks: int, port: int, prepare: Callable[[int], None] | None

@@ -153,12 +153,13 @@ class TrackingServer:
 
     Args:
         folder: For its database and its output.
-        s3_url: The S3 that it keeps artifacts in.
+        s3_url: The S3 that it keeps artifacts in; None keeps them in the folder.
         bucket: The bucket.
     """
 
-    def __init__(self, folder: Path, s3_url: str, bucket: str) -> None:
-        self.folder, self._s3_url, self._bucket = folder, s3_url, bucket
+    def __init__(self, folder: Path, s3_url: str | None = None, bucket: str = "") -> None:
+        self.folder, self._s3_url = folder, s3_url
+        self._artifacts = f"{folder}/served" if s3_url is None else f"s3://{bucket}/artifacts"
         self._port = free_port()
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -172,9 +173,11 @@ class TrackingServer:
         command = [
             *(sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--workers", "1"),
             *("--port", str(self._port), "--backend-store-uri", f"sqlite:///{self.folder}/db"),
-            *("--serve-artifacts", "--artifacts-destination", f"s3://{self._bucket}/artifacts"),
+            *("--serve-artifacts", "--artifacts-destination", self._artifacts),
         ]
-        environment = {**os.environ, **S3_KEYS, "MLFLOW_S3_ENDPOINT_URL": self._s3_url}
+        environment = {**os.environ, **S3_KEYS}
+        if self._s3_url is not None:
+            environment["MLFLOW_S3_ENDPOINT_URL"] = self._s3_url
         with log.open("wb") as output:
             self._process = subprocess.Popen(
                 command, env=environment, stdout=output, stderr=output, start_new_session=True

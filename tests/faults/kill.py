@@ -12,10 +12,10 @@ The seed repeats the ranks, steps, phases and delays; where in a step a delay en
 """
 
 import argparse
+import contextlib
 import random
 import sys
 import tempfile
-import threading
 import time
 from collections import Counter
 from dataclasses import dataclass
@@ -27,15 +27,16 @@ from haloformer.launcher.trainer import Trainer
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the helpers of all tests
 
-from dying import PHASES, DyingCommitter, die
+from dying import PHASES, DyingCommitter, die, die_later
 from launcher_runs import write_project
 from lives import Runner
+from servers import TrackingServer
 
 RANKS = 2
 STEPS = 24
 EVERY = 3  # steps between two checkpoints
 LONGEST_DELAY_S = 0.3  # some steps of this model
-PLACES = ("step", "step", "snapshot", *PHASES)  # half of the fun is in no phase at all
+PLACES = ("step", "step", "snapshot", "in_upload", *PHASES)
 
 
 @dataclass(frozen=True)
@@ -75,9 +76,7 @@ class Doom:
 
         def step_with_a_bomb(trainer: Trainer, step: int) -> bool:
             if step == doom.step:
-                bomb = threading.Timer(doom.delay, die)
-                bomb.daemon = True  # a run that ends before it went off has got away
-                bomb.start()
+                die_later(doom.delay)
             return train_step(trainer, step)
 
         Trainer._train_step = step_with_a_bomb
@@ -102,6 +101,7 @@ class Doom:
                     self.catalog, self._config, self._staging, self._topology
                 )
                 committer.phase, committer.step = doom.place, doom.step
+                committer.delay = doom.delay * 0.1  # files of this model are soon sent
                 return committer
 
         worker.CheckpointStore = DyingStore
@@ -113,10 +113,21 @@ def main() -> int:
     )
     parser.add_argument("--kills", type=int, required=True, help="how many ranks are killed")
     parser.add_argument("--seed", type=int, default=0, help="of everything that is drawn")
+    parser.add_argument(
+        "--server",
+        action="store_true",
+        help="keep checkpoints behind a real MLflow server (default: in a folder of this machine)",
+    )
     arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+        server = None
+        if arguments.server:
+            server = TrackingServer(Path(folder))
+            server.start()
+            stack.callback(server.stop)
+        chance = random.Random(arguments.seed)
         try:
-            kill(Path(folder), arguments.kills, random.Random(arguments.seed))
+            kill(Path(folder), arguments.kills, chance, server and server.url)
         except AssertionError:
             log = Path(folder, "ranks.log")
             print(log.read_text()[-4000:] if log.exists() else "", file=sys.stderr)
@@ -124,10 +135,10 @@ def main() -> int:
     return 0
 
 
-def kill(folder: Path, num_kills: int, chance: random.Random) -> None:
+def kill(folder: Path, num_kills: int, chance: random.Random, server: str | None) -> None:
     """Train, and train again under fire until ``num_kills`` ranks have died."""
     write_project(folder)
-    truth = new_run(folder, "truth")
+    truth = new_run(folder, "truth", server)
     assert truth.live(RANKS), "nobody was to be killed"
     records, files, told = truth.records(), truth.files(), truth.told()
     assert len(records) > STEPS and files and len(told) == STEPS
@@ -136,7 +147,7 @@ def kill(folder: Path, num_kills: int, chance: random.Random) -> None:
     number = 0
     while died.total() < num_kills:
         number += 1
-        run, started = new_run(folder, f"run{number}"), time.monotonic()
+        run, started = new_run(folder, f"run{number}", server), time.monotonic()
         before = died.total()
         while True:
             doom = None
@@ -159,8 +170,8 @@ def kill(folder: Path, num_kills: int, chance: random.Random) -> None:
         print(f"killed at {place}: {count}")
 
 
-def new_run(folder: Path, name: str) -> Runner:
-    run = Runner(folder, name)
+def new_run(folder: Path, name: str, server: str | None) -> Runner:
+    run = Runner(folder, name, server)
     run.recipe |= {"steps": STEPS, "checkpoint": {"every": EVERY}, "eval": {"batches": 2}}
     return run
 
