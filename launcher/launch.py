@@ -19,6 +19,7 @@ from haloformer.launcher.hosts import Host
 from haloformer.launcher.run_dir import RunDir
 
 WORKER_MODULE = "haloformer.launcher.worker"
+SLURM_TASK_MODULE = "haloformer.launcher.slurm_task"
 
 
 class LaunchError(ValueError):
@@ -144,7 +145,7 @@ def _processes(run_dir: RunDir, among: Container[int] | None) -> dict[int, psuti
             process = psutil.Process(pid)
             # The number may have gone to another program since, and a dead one whose parent has
             # not looked is a zombie, with no command line.
-            if WORKER_MODULE in process.cmdline():
+            if not {WORKER_MODULE, SLURM_TASK_MODULE}.isdisjoint(process.cmdline()):
                 found[rank] = process
         except psutil.NoSuchProcess:
             continue

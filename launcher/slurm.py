@@ -13,11 +13,9 @@ from pathlib import Path
 from haloformer.launcher.cluster import Meeting
 from haloformer.launcher.environment import rank_environment
 from haloformer.launcher.hosts import Host, HostsError
-from haloformer.launcher.launch import worker_command
+from haloformer.launcher.launch import SLURM_TASK_MODULE, worker_command
 from haloformer.launcher.run_dir import RunDir
 from haloformer.launcher.ssh_cluster import RemoteCluster
-
-TASK_MODULE = "haloformer.launcher.slurm_task"
 
 _TASKS = re.compile(r"^(\d+)(?:\(x(\d+)\))?$")
 
@@ -65,7 +63,7 @@ class SlurmCluster(RemoteCluster):
             f"--ntasks-per-node={counts.pop()}",
             f"--nodelist={','.join(host.name for host in used)}",
             *("--distribution=block", "--export=ALL"),
-            *(sys.executable, "-u", "-m", TASK_MODULE),
+            *(sys.executable, "-u", "-m", SLURM_TASK_MODULE),
             *worker_command(run_dir, attempt)[1:],
         ]
         environment = {

@@ -10,7 +10,14 @@ from pathlib import Path
 import pytest
 
 from haloformer.launcher.environment import rank_environment
-from haloformer.launcher.launch import LaunchError, choose_port, signal_ranks
+from haloformer.launcher.launch import (
+    SLURM_TASK_MODULE,
+    WORKER_MODULE,
+    LaunchError,
+    alive_ranks,
+    choose_port,
+    signal_ranks,
+)
 from haloformer.launcher.run_dir import RunDir
 
 
@@ -54,3 +61,20 @@ def test_no_rank_to_signal_is_said(tmp_path: Path) -> None:
     gone.wait()
     (tmp_path / "ranks" / "0.pid").write_text(str(gone.pid))
     assert not signal_ranks(run_dir, signal.SIGTERM)
+
+
+@pytest.mark.parametrize("module", [WORKER_MODULE, SLURM_TASK_MODULE])
+def test_a_rank_is_seen_and_ended_however_it_was_started(tmp_path: Path, module: str) -> None:
+    run_dir = RunDir(tmp_path)
+    run_dir.create()
+    rank = subprocess.Popen([sys.executable, "-c", "input()", module], stdin=subprocess.PIPE)
+    try:
+        (tmp_path / "ranks" / "3.pid").write_text(str(rank.pid))
+        assert alive_ranks(run_dir) == {3}
+        assert alive_ranks(run_dir, [2]) == set()
+        assert signal_ranks(run_dir, signal.SIGKILL, [3])
+        assert rank.wait() == -signal.SIGKILL
+        assert alive_ranks(run_dir) == set()
+    finally:
+        rank.kill()
+        rank.communicate()

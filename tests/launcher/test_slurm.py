@@ -83,6 +83,7 @@ def test_a_preempted_job_queues_again_and_ends_with_the_losses_of_a_run_left_alo
         wait_for("end", lambda: "JobState=COMPLETED" in call("scontrol", "show", "job", job))
         log = said()
     assert "stopped after step" in log and "finished" in log
+    assert "supervisor:" not in log, "all ranks were seen alive"
     run_dir = newest_run(tmp_path)
     assert len(runs_of(tmp_path) - before) == 1, "the job came back to its own run"
     assert losses(run_dir) == whole
