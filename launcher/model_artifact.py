@@ -16,6 +16,7 @@ import shutil
 from pathlib import Path
 
 from mlflow import pyfunc
+from mlflow.exceptions import MlflowException
 from mlflow.models import Model
 
 from haloformer.configs.schema import CharLmConfig
@@ -47,9 +48,9 @@ def spool_model(known: KnownRun, folder: Path) -> str:
     """
     try:
         written = _write(known, folder / FOLDER)
-    except ValueError as error:  # of the model or the disk; the run itself is well
+    except (ValueError, OSError, MlflowException) as error:  # the run itself is well
         shutil.rmtree(folder / FOLDER, ignore_errors=True)
-        return f"not logged: {error}"
+        return f"not logged: {' '.join(str(error).split())[:300]}"
     spool = Spool(folder)
     for path in written:
         spool.add_artifact(path, str(path.relative_to(folder).parent))
