@@ -6,6 +6,7 @@ MLflow's own exception, for the caller to judge.
 
 from __future__ import annotations
 
+import logging
 import os
 import tempfile
 from collections.abc import Callable
@@ -39,6 +40,8 @@ class ArtifactFolder:
     def __init__(self, uri: str, tracking_uri: str, policy: RetryPolicy = _POLICY) -> None:
         self.uri, self._policy = uri, policy
         self._store = get_artifact_repository(uri, tracking_uri=tracking_uri)
+        # It tells of each try; we tell of the last.
+        logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)
         self._root: Path | None = None
         if isinstance(self._store, LocalArtifactRepository):
             self._root = Path(self._store.artifact_dir).resolve()

@@ -12,7 +12,10 @@ from typing import Any
 
 from mlflow import MlflowClient
 from mlflow.entities import Experiment, Run
-from mlflow.environment_variables import MLFLOW_HTTP_REQUEST_MAX_RETRIES
+from mlflow.environment_variables import (
+    MLFLOW_HTTP_REQUEST_MAX_RETRIES,
+    MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT,
+)
 from mlflow.exceptions import MlflowException
 
 from haloformer.configs.schema import TrackingConfig
@@ -55,6 +58,7 @@ def connect(uri: str) -> MlflowClient:
         # By itself MLflow goes on asking for minutes; we try again where it matters. The ranks
         # inherit it.
         MLFLOW_HTTP_REQUEST_MAX_RETRIES.set(1)
+    MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT.set(True)  # the report of a run has it
     # At first use MLflow narrates how it creates its tables.
     for name in ("mlflow.store.db.utils", "alembic"):
         logging.getLogger(name).setLevel(logging.WARNING)

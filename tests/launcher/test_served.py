@@ -1,4 +1,7 @@
-"""Training over the network: shards by HTTP, a real tracking server, checkpoints in its S3."""
+"""Training over the network: shards by HTTP, a real tracking server, checkpoints in its S3.
+
+Longer stories, with ranks that die and runs that go on, are in tests/faults/mlflow_away.py.
+"""
 
 import json
 from pathlib import Path
@@ -58,6 +61,8 @@ def test_a_server_that_is_killed_and_comes_back_has_all_of_the_run_once(
         server.start()
         code, output = started.finish()
         assert code == 0, output
+        assert "the tracking server is away" in output and "is back" in output
+        assert "Retrying (" not in output
         run_dir = newest_run(project)
         run_id = run_dir.path.name
         client = MlflowClient(server.url)
@@ -67,14 +72,6 @@ def test_a_server_that_is_killed_and_comes_back_has_all_of_the_run_once(
         assert client.get_run(run_id).info.status == "FINISHED"
         check_page(client, run_id)
         check_checkpoints(project, s3_url, where)
-        done = haloformer(
-            project, [*words, "steps=26", "--ranks", "2", "--resume", "latest"], where
-        )
-        assert done.returncode == 0, done.stdout + done.stderr
-    assert "from step 24" in done.stdout
-    again = metric(client, run_id, "loss")
-    assert [step for step, _ in again] == list(range(1, 27))
-    assert again[:24] == [(step, told[step]) for step in range(1, 25)]
 
 
 def check_checkpoints(project: Path, s3_url: str, where: dict[str, str]) -> None:
