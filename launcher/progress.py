@@ -57,6 +57,8 @@ class StepProgress:
         if values.get("cut_sources", 0.0) + values.get("cut_targets", 0.0) > 0.0:
             cut = (f"{values[f'cut_{name}']:.0f} {name}" for name in ("sources", "targets"))
             status += f"  cut: {', '.join(cut)}"
+        if values.get("num_skipped", 0.0) > 0.0:
+            status += f"  skipped: {values['num_skipped']:.0f} damaged"
         if self._bar is not None:
             self._bar.update(self._task, completed=done, status=status)
         elif done % self._every == 0 or done == self._total:

@@ -164,7 +164,9 @@ class Trainer:
 
     def _agree_before(self, batch: AnyBatch) -> Agreed:
         """Count the global batch, and ask whether any rank was asked to stop: one small sum."""
-        counts = self.task.counts(batch)
+        counts = dict(self.task.counts(batch))
+        if self.config.data.on_corrupt == "skip":
+            counts["num_skipped"] = self.train.num_skipped  # since this process started
         mine = [int((batch.labels != IGNORED_LABEL).sum()), batch.num_tokens, *counts.values()]
         # Every context and tensor rank sees the same batch, so only the first one counts.
         mine = mine if self._counts else [0] * len(mine)

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from haloformer.data_pipeline.index import load_index, load_table
 from haloformer.launcher.cli import main
-from launcher_runs import TINY, haloformer, write_project
+from launcher_runs import TINY, haloformer, newest_run, write_project
 
 
 @pytest.fixture(scope="module")
@@ -134,3 +135,20 @@ def test_a_damaged_sample_is_found_by_a_rank_and_named(project: Path) -> None:
     assert done.returncode == 2, done.stdout + done.stderr
     errors = [line for line in (done.stdout + done.stderr).splitlines() if "error:" in line]
     assert any(shard.name in line and "sample" in line for line in errors), errors
+
+
+def test_damaged_samples_that_may_be_skipped_are_counted(project: Path) -> None:
+    index = load_index(project / "data" / "train")
+    for number, shard in enumerate(index.shards):
+        path = index.store.place(shard.name)
+        raw = bytearray(Path(path).read_bytes())
+        for offset in load_table(index, number)["offset"][::2]:
+            raw[offset] ^= 1
+        Path(path).write_bytes(raw)
+    skip = ["data.on_corrupt=skip", "steps=12", "parallel.context=1", "checkpoint.every=12"]
+    done = haloformer(project, ["train", "tiny.yaml", *skip, "--ranks", "2"])
+    assert done.returncode == 0, done.stdout + done.stderr
+    counted = [r["num_skipped"] for r in newest_run(project).read_metrics() if "loss" in r]
+    assert counted == sorted(counted) and len(counted) == 12
+    assert f"skipped: {counted[-1]:.0f} damaged" in done.stdout
+    assert 0 < counted[-1] <= index.num_samples

@@ -14,9 +14,11 @@ VALUES = {"loss": 6.5, "grad_norm": 0.5, "learning_rate": 1e-3, "tokens_per_seco
         ({"bits_per_char": 2.0}, "loss 6.5000  bits/char 2.000  grad"),
         ({"cut_sources": 1.0, "cut_targets": 0.0}, "tok/s  cut: 1 sources, 0 targets\n"),
         ({"cut_sources": 0.0, "cut_targets": 0.0}, "9,000 tok/s\n"),
+        ({"num_skipped": 3.0}, "tok/s  skipped: 3 damaged\n"),
+        ({"num_skipped": 0.0}, "9,000 tok/s\n"),
     ],
 )
-def test_a_step_is_one_line_that_says_what_was_cut(more, line, capsys) -> None:
+def test_a_step_is_one_line_that_says_what_was_cut_or_skipped(more, line, capsys) -> None:
     with StepProgress(20, 0, every=10) as progress:
         progress.step(9, VALUES)
         assert capsys.readouterr().out == ""
