@@ -76,10 +76,16 @@ class Network:
 
 
 @contextlib.contextmanager
-def hosts(names: Sequence[str], folder: Path) -> Iterator[Network]:
-    """Bring hosts up, and take them down whatever happens, with all that runs on them."""
-    number = os.getpid()
-    subnet = f"10.77.{number % 250}"
+def hosts(names: Sequence[str], folder: Path, second: bool = False) -> Iterator[Network]:
+    """Bring hosts up, and take them down whatever happens, with all that runs on them.
+
+    Args:
+        names: Of the hosts.
+        folder: For keys, logs and process ids.
+        second: Beside another network of this process.
+    """
+    number = f"{os.getpid()}{'s' if second else ''}"
+    subnet = f"10.{78 if second else 77}.{os.getpid() % 250}"
     bridge = f"hfb{number}"
     spaces = {name: f"hf{number}x{i}" for i, name in enumerate(names)}
     links = {name: f"hv{number}x{i}" for i, name in enumerate(names)}

@@ -155,7 +155,7 @@ def test_three_hosts_become_two_and_the_losses_stay(project: Path, tmp_path: Pat
     done = haloformer(project, [*ONE_EACH, "--ranks", "1"])
     assert done.returncode == 0, done.stdout + done.stderr
     whole = losses(newest_run(project))
-    with hosts(["one", "two", "three"], tmp_path) as network:
+    with hosts(["one", "two", "three"], tmp_path, second=True) as network:
         hostfile = network.write_hostfile(tmp_path / "hosts")
         command = [*ONE_EACH, "--hostfile", str(hostfile), "--supervise"]
         started = start(project, command, network.environment)
