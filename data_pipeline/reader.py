@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from haloformer.configs.schema import CacheConfig
 from haloformer.data_pipeline.errors import CorruptSampleError, DataError
 from haloformer.data_pipeline.index import ShardIndex, ShardInfo, load_index, load_table
+from haloformer.data_pipeline.remote import split_address
 from haloformer.data_pipeline.store import Store
 
 _REMEDY = "restore it from a copy, prepare the data again, or set data.on_corrupt=skip"
@@ -190,6 +191,8 @@ def verify(folder: Path | str, progress: Callable[[int, int], None] | None = Non
     Raises:
         DataError: Naming the first file that differs.
     """
+    if isinstance(split_address(folder), Path):
+        return _verify(load_index(folder), progress)
     with tempfile.TemporaryDirectory() as scratch:
         return _verify(load_index(folder, CacheConfig(path=scratch)), progress)
 
