@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import secrets
 import signal
 import subprocess
@@ -12,6 +11,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import FrameType, TracebackType
 from typing import Self
+
+import psutil
 
 from haloformer.launcher.cluster import Cluster
 from haloformer.launcher.hosts import Host, ranks_of
@@ -153,12 +154,19 @@ def _end(
 
 
 def _kill(runner: subprocess.Popen[bytes]) -> None:
-    """End the runner and what it started on this machine: its process group is its own.
+    """End the runner and what it started on this machine.
+
+    pdsh gives each of its ssh processes a session of its own, and one to a host that is cut off
+    would outlive it for as long as TCP hopes; so its descendants are ended one by one.
 
     Never by SIGINT or SIGTERM: DeepSpeed's pdsh runner answers those with a broad `pkill -f` on
     every host.
     """
     if runner.poll() is None:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(runner.pid, signal.SIGKILL)
+        with contextlib.suppress(psutil.NoSuchProcess):
+            family = psutil.Process(runner.pid).children(recursive=True)
+            runner.kill()
+            for process in family:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
         runner.wait()
