@@ -67,8 +67,13 @@ def test_no_rank_to_signal_is_said(tmp_path: Path) -> None:
 def test_a_rank_is_seen_and_ended_however_it_was_started(tmp_path: Path, module: str) -> None:
     run_dir = RunDir(tmp_path)
     run_dir.create()
-    rank = subprocess.Popen([sys.executable, "-c", "input()", module], stdin=subprocess.PIPE)
+    program = "print(flush=True); input()"
+    rank = subprocess.Popen(
+        [sys.executable, "-c", program, module], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
     try:
+        # A process that has just begun has no command line yet; a rank's number comes from itself.
+        assert rank.stdout is not None and rank.stdout.readline()
         (tmp_path / "ranks" / "3.pid").write_text(str(rank.pid))
         assert alive_ranks(run_dir) == {3}
         assert alive_ranks(run_dir, [2]) == set()
