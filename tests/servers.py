@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
 import re
 import signal
 import socket
@@ -143,9 +144,17 @@ def s3_server(bucket: str) -> Iterator[str]:
 
 
 def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port: int = probe.getsockname()[1]
-        return port
+    """A port for a server that takes seconds to start.
+
+    It lies below the range that the kernel gives to whoever does not ask for a number, so nobody is
+    given it meanwhile.
+    """
+    draw = random.SystemRandom()
+    while True:
+        with contextlib.suppress(OSError):
+            port = draw.randrange(20_000, 32_768)
+            socket.create_server(("127.0.0.1", port)).close()
+            return port
 
 
 class TrackingServer:

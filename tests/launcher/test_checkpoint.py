@@ -7,7 +7,6 @@ import json
 import logging
 import os
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +17,7 @@ from mlflow import MlflowClient
 from checkpoint_ranks import STATE
 from dying import PHASES
 from haloformer.launcher.catalog import Catalog
+from servers import free_port
 
 TESTS = Path(__file__).parents[1]
 # The others leave the same things behind as these do.
@@ -60,12 +60,6 @@ def client(folder):
 @pytest.fixture(scope="module")
 def experiment(client, folder):
     return client.create_experiment("x", artifact_location=str(folder / "artifacts"))
-
-
-def free_port():
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
 
 
 @pytest.fixture(scope="module")
