@@ -15,7 +15,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from haloformer.configs.models import MODEL_CONFIGS, LedConfig
-from haloformer.configs.schema import TrainConfig
+from haloformer.configs.schema import PhaseConfig, TrainConfig
 
 RECIPES = Path(__file__).parent / "recipes"
 
@@ -82,7 +82,7 @@ def config_hash(config: TrainConfig) -> str:
 
 
 def check_world(config: TrainConfig, world_size: int) -> int:
-    """Check that a number of ranks can run this recipe.
+    """Check that a number of ranks can run this recipe, every phase of it.
 
     Returns:
         The data-parallel size.
@@ -90,30 +90,42 @@ def check_world(config: TrainConfig, world_size: int) -> int:
     Raises:
         ConfigError: Naming every number that does not fit and what would.
     """
-    parallel, batch = config.parallel, config.batch
-    faults = []
+    parallel = config.parallel
     model_ranks = parallel.context * parallel.tensor
+    data = max(world_size // model_ranks, 1)
+    faults = []
     if world_size < 1 or world_size % model_ranks:
         faults.append(
             f"--ranks {world_size} is not a multiple of parallel.context {parallel.context} x "
             f"parallel.tensor {parallel.tensor} = {model_ranks}; use --ranks {model_ranks}"
         )
-    for name, length in _lengths(config):
-        if parallel.context > length:
-            faults.append(
-                f"parallel.context {parallel.context} is more than data.{name} {length}: every "
-                "rank needs at least one row; lower parallel.context"
-            )
-    data = max(world_size // model_ranks, 1)
+    faults += _split_faults(config)
+    for phase in config.all_phases():
+        found = [*_batch_faults(phase.config, data), *_position_faults(phase.config)]
+        if config.phases:
+            found = [config.phases[phase.number].blamed(fault, phase.number) for fault in found]
+        faults += found
+    if faults:
+        # What several phases take from the recipe is told once.
+        raise ConfigError(f"{config.name}: " + "; ".join(dict.fromkeys(faults)))
+    return data
+
+
+def _batch_faults(config: TrainConfig, data: int) -> list[str]:
+    """A batch that the data-parallel ranks do not divide; rows too few for the context ranks."""
+    parallel, batch, length = config.parallel, config.batch, config.data.seq_len
+    faults = []
+    if parallel.context > length:
+        faults.append(
+            f"parallel.context {parallel.context} is more than data.seq_len {length}: every "
+            "rank needs at least one row; lower parallel.context"
+        )
     if batch.global_batch % (batch.micro_batch * data):
         faults.append(
             f"batch.global_batch {batch.global_batch} is not a multiple of batch.micro_batch "
             f"{batch.micro_batch} x {data} data-parallel ranks = {batch.micro_batch * data}"
         )
-    faults += _position_faults(config) + _split_faults(config)
-    if faults:
-        raise ConfigError(f"{config.name}: " + "; ".join(faults))
-    return data
+    return faults
 
 
 def _split_faults(config: TrainConfig) -> list[str]:
@@ -133,13 +145,6 @@ def _split_faults(config: TrainConfig) -> list[str]:
     ]
 
 
-def _lengths(config: TrainConfig) -> list[tuple[str, int]]:
-    """Every sequence length of the run, by its key in the data section."""
-    stages = enumerate(config.data.stages)
-    staged = [(f"stages[{number}].seq_len", stage.seq_len) for number, stage in stages]
-    return [*staged, ("seq_len", config.data.seq_len)]
-
-
 def _position_faults(config: TrainConfig) -> list[str]:
     """Sequences, padded for the context ranks, that are longer than the model's positions."""
     model, data, context = config.model, config.data, config.parallel.context
@@ -147,7 +152,7 @@ def _position_faults(config: TrainConfig) -> list[str]:
         longest = ("max_source_positions", model.max_source_positions)
     else:
         longest = ("max_positions", model.max_positions)
-    lengths = [(name, length, *longest) for name, length in _lengths(config)]
+    lengths = [("seq_len", data.seq_len, *longest)]
     if isinstance(model, LedConfig):
         assert data.target_len is not None, "checked with the recipe"
         target = ("max_target_positions", model.max_target_positions)
@@ -176,12 +181,32 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
         with contextlib.suppress(ValueError):
             value = float(value)
     *sections, key = dotted.split(".")
-    target = raw
+    target: Any = raw
     for section in sections:
-        target = target.setdefault(section, {})
-        if not isinstance(target, dict):
-            raise ConfigError(f"{override!r}: {section} is a value, not a section")
-    target[key] = value
+        target = _go_into(target, section, override)
+    if isinstance(target, list):
+        target[_number_in(target, key, override)] = value
+    else:
+        target[key] = value
+
+
+def _go_into(target: Any, section: str, override: str) -> Any:
+    """The section of a section, or an entry of a list such as phases.2."""
+    if isinstance(target, list):
+        inner = target[_number_in(target, section, override)]
+    else:
+        inner = target.setdefault(section, {})
+    if not isinstance(inner, dict | list):
+        raise ConfigError(f"{override!r}: {section} is a value, not a section")
+    return inner
+
+
+def _number_in(entries: list[Any], text: str, override: str) -> int:
+    if not text.isdecimal() or int(text) >= len(entries):
+        raise ConfigError(
+            f"{override!r}: {text} is no entry of a list of {len(entries)}; they count from 0"
+        )
+    return int(text)
 
 
 def _describe(fault: Any) -> str:
@@ -200,7 +225,7 @@ def _describe(fault: Any) -> str:
 
 
 def _location(loc: tuple[str | int, ...]) -> str:
-    """A key as it stands in a recipe, such as data.stages[1].seq_len."""
+    """A key as it stands in a recipe, such as phases[1].seq_len."""
     # Where a section has several forms (model, data.train) pydantic names the form as well.
     if loc[:1] == ("model",) and loc[1:2] and loc[1] in MODEL_CONFIGS:
         loc = loc[:1] + loc[2:]
@@ -214,6 +239,8 @@ def _keys_at(location: Sequence[Any]) -> list[str]:
     model: type[BaseModel] = TrainConfig
     if location[:1] == ("model",):
         return list(MODEL_CONFIGS[location[1]].model_fields)
+    if location[:1] == ("phases",):
+        return list(PhaseConfig.model_fields)
     for part in location:
         field = model.model_fields.get(part)
         annotation = field.annotation if field else None

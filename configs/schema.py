@@ -5,9 +5,10 @@ Sizes are in tokens, rows or bytes as named; windows are two-sided (Longformer s
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import Discriminator, Field, Tag, model_validator
+from pydantic import Discriminator, Field, Tag, ValidationError, model_validator
 
 from haloformer.configs.models import (
     AnyModelConfig,
@@ -18,11 +19,28 @@ from haloformer.configs.models import (
     Probability,
     Section,
 )
+from haloformer.configs.phases import (
+    EndLearningRate,
+    LearningRate,
+    Name,
+    PhaseConfig,
+    Schedule,
+    SeqLen,
+    fault_of_steps,
+    faults_of_phase,
+    sum_steps,
+)
 
 # The models are a part of the schema: whoever needs a section need not know its file.
-__all__ = ["AnyModelConfig", "CharLmConfig", "LedConfig", "ModelConfig", "TrainConfig"]
-
-SeqLen = Annotated[int, Field(ge=8)]
+__all__ = [
+    "AnyModelConfig",
+    "CharLmConfig",
+    "LedConfig",
+    "ModelConfig",
+    "Phase",
+    "PhaseConfig",
+    "TrainConfig",
+]
 
 
 def _kind_of_train(value: Any) -> str | None:
@@ -48,27 +66,14 @@ class CorpusConfig(Section):
     weight: Annotated[float, Field(gt=0.0)]
 
 
-class StageConfig(Section):
-    """So many steps of shorter (or longer) sequences before those of ``data.seq_len``."""
-
-    steps: PositiveInt
-    seq_len: SeqLen
-
-
 class DataConfig(Section):
     """What is read, and how tokens become training sequences.
 
     For pairs (led) ``seq_len`` and ``target_len`` are the most tokens of source and target, with
     <s> and </s>; longer ones are cut, and the trainer counts them.
 
-    ``train`` is one data set or several with weights. ``stages`` come before ``seq_len``, which
-    holds for the rest of the run and for evaluation:
-
-        stages: [{steps: 100, seq_len: 512}, {steps: 50, seq_len: 1024}]      seq_len: 4096
-        step    0 .. 99: 512                 100 .. 149: 1024                 150 ..: 4096
-
-    ``prefetch`` batches are made ahead, in the background, each by ``workers`` threads; neither
-    changes a batch.
+    ``train`` is one data set or several with weights. ``prefetch`` batches are made ahead, in the
+    background, each by ``workers`` threads; neither changes a batch.
     """
 
     train: Annotated[
@@ -81,7 +86,6 @@ class DataConfig(Section):
     ]
     eval: str
     seq_len: SeqLen
-    stages: tuple[StageConfig, ...] = ()
     target_len: Annotated[int, Field(ge=3)] | None = None
     shuffle_block: PositiveInt = 1
     isolate_documents: bool = False
@@ -99,15 +103,6 @@ class DataConfig(Section):
             return (CorpusConfig(path=self.train, weight=1.0),)
         return self.train
 
-    def seq_len_at(self, step: int) -> int:
-        """The sequence length of a step, counted from 0."""
-        first = 0
-        for stage in self.stages:
-            first += stage.steps
-            if step < first:
-                return stage.seq_len
-        return self.seq_len
-
 
 class BatchConfig(Section):
     """Sequences per optimizer step, over all ranks, and per forward pass of one rank."""
@@ -119,9 +114,9 @@ class BatchConfig(Section):
 class OptimConfig(Section):
     """AdamW, and a learning rate that is a pure function of the step."""
 
-    learning_rate: Annotated[float, Field(gt=0.0)]
-    end_learning_rate: Annotated[float, Field(ge=0.0)] = 0.0
-    schedule: Literal["constant", "linear", "polynomial"] = "linear"
+    learning_rate: LearningRate
+    end_learning_rate: EndLearningRate = 0.0
+    schedule: Schedule = "linear"
     power: Annotated[float, Field(gt=0.0)] = 3.0
     warmup_steps: Annotated[int, Field(ge=0)] = 0
     betas: tuple[Probability, Probability] = (0.9, 0.98)
@@ -187,11 +182,17 @@ class TrackingConfig(Section):
 
 
 class TrainConfig(Section):
-    """A whole recipe."""
+    """A whole recipe.
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+    ``steps`` of a recipe with ``phases`` is their sum and may be left out. ``init_from`` is a
+    folder of transformers whose weights the run starts from; without one they are random.
+    """
+
+    name: Name
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     steps: PositiveInt
+    phases: tuple[PhaseConfig, ...] = ()
+    init_from: str | None = None
     model: AnyModelConfig
     data: DataConfig
     batch: BatchConfig
@@ -200,6 +201,28 @@ class TrainConfig(Section):
     checkpoint: CheckpointConfig
     eval: EvalConfig = EvalConfig()
     tracking: TrackingConfig = TrackingConfig()
+
+    def phase_at(self, step: int) -> Phase:
+        """The phase of a step, counted from 0; behind the end it is the last."""
+        phases = self.all_phases()
+        return next((phase for phase in phases if step < phase.end_step), phases[-1])
+
+    def all_phases(self) -> list[Phase]:
+        """The phases in order; a recipe without any is one phase."""
+        if not self.phases:
+            return [Phase(0, self.name, 0, self)]
+        recipe, phases, first = self.model_dump(), [], 0
+        for number, phase in enumerate(self.phases):
+            name = f"phase-{number}" if phase.name is None else phase.name
+            config = TrainConfig.model_validate(phase.laid_over(recipe))
+            phases.append(Phase(number, name, first, config))
+            first += phase.steps
+        return phases
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_steps(cls, raw: Any) -> Any:
+        return sum_steps(raw)
 
     @model_validator(mode="after")
     def _check_data_for_model(self) -> TrainConfig:
@@ -212,12 +235,41 @@ class TrainConfig(Section):
                 faults.append("data.isolate_documents is for packed text; a led reads pairs")
         elif data.target_len is not None:
             faults.append(f"data.target_len is for pairs; a {kind} reads text, remove it")
-        staged = sum(stage.steps for stage in data.stages)
-        if data.stages and staged >= self.steps:
-            faults.append(
-                f"data.stages take {staged} steps and steps is {self.steps}, so data.seq_len "
-                "would never be trained; raise steps or shorten the stages"
-            )
         if faults:
             raise ValueError("; ".join(faults))
         return self
+
+    @model_validator(mode="after")
+    def _check_phases(self) -> TrainConfig:
+        fault = fault_of_steps(self.steps, self.phases)
+        faults = [] if fault is None else [fault]
+        for number, phase in enumerate(self.phases):
+            try:
+                TrainConfig.model_validate(phase.laid_over(self.model_dump()))
+            except ValidationError as error:
+                faults += faults_of_phase(phase, number, self.model.kind, error)
+        if faults:
+            raise ValueError("; ".join(dict.fromkeys(faults)))
+        return self
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One phase of a run.
+
+    Attributes:
+        number: From 0.
+        name: For people.
+        first_step: Steps of the run before it.
+        config: Its recipe, itself without phases: ``config.steps`` are the steps of the phase.
+    """
+
+    number: int
+    name: str
+    first_step: int
+    config: TrainConfig
+
+    @property
+    def end_step(self) -> int:
+        """The first step behind it."""
+        return self.first_step + self.config.steps

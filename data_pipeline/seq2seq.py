@@ -130,7 +130,7 @@ class PairTrainStream(RankStream[_Pairs]):
             CorruptSampleError: If a pair is damaged and ``on_corrupt`` is ``stop``.
         """
         step = self._step(self._lines)
-        seq_len = self._config.seq_len_at(step)
+        seq_len = self._config.seq_len
         lines, sizes, places = list(self._lines), self._num_pairs, []
         for slot in range(self._global_batch):
             corpus = self._blend.corpus(step, slot)

@@ -115,7 +115,7 @@ class TrainStream(RankStream[_Documents]):
         number = self._blend.corpus(step, slot)
         documents, walker = self._opened[slot][number], walkers[number]
         key = MaskKey(self._seed, walker.cursor.epoch, slot, step)
-        seq_len = self._config.seq_len_at(step)
+        seq_len = self._config.seq_len
         layout = documents.layout(walker, seq_len)
         assert layout is not None, "a stream without end has ended"
         walker.next_sequence()

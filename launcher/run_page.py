@@ -106,9 +106,7 @@ def _summary(
 ) -> str:
     data, parallel = config.data, config.parallel
     size = num_parameters(config.model, index.vocab_size) / 1e6
-    lengths = " then ".join(
-        str(length) for length in [*(stage.seq_len for stage in data.stages), data.seq_len]
-    )
+    lengths = " then ".join(str(phase.config.data.seq_len) for phase in config.all_phases())
     corpora = ", ".join(f"`{corpus.path}`" for corpus in data.corpora)
     data_ranks = num_ranks // (parallel.context * parallel.tensor)
     again = shlex.join(["haloformer", "train", *_without_resume(command[2:]), "--resume", run])

@@ -148,8 +148,7 @@ def _announce(config: TrainConfig, vocab_size: int, job: Job) -> None:
     start = "from the start" if step is None else f"from step {step}"
     where = "" if len(job.used) == 1 else f" on {len(job.used)} hosts"
     data = config.data
-    lengths = [*(stage.seq_len for stage in data.stages), data.seq_len]
-    length = " then ".join(map(str, lengths))
+    length = " then ".join(str(phase.config.data.seq_len) for phase in config.all_phases())
     if data.target_len is not None:
         length += f" -> {data.target_len}"
     parallel = config.parallel

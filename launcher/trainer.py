@@ -149,8 +149,6 @@ class Trainer:
             "data_seconds": waited,  # of rank 0, for its batch; about 0 when prefetch keeps up
             **agreed.counts,
         }
-        if config.data.stages:
-            values["seq_len"] = float(config.data.seq_len_at(step))
         self._record(step + 1, values)
         # DeepSpeed passes over a step whose gradient is not finite, without a word.
         norm = values["grad_norm"]

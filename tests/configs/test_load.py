@@ -211,28 +211,6 @@ def test_source_and_target_must_fit_the_positions_of_a_led(led_recipe: Path) -> 
         assert part in str(caught.value)
 
 
-def test_stages_give_the_length_of_every_step(recipe: Path) -> None:
-    stages = "data.stages=[{steps: 2, seq_len: 512}, {steps: 3, seq_len: 1024}]"
-    data = load_config(recipe, [stages]).data
-    lengths = [data.seq_len_at(step) for step in range(7)]
-    assert lengths == [512] * 2 + [1024] * 3 + [data.seq_len] * 2
-
-
-@pytest.mark.parametrize(
-    ("stages", "named"),
-    [
-        ("[{steps: 9, seq_len: 64}, {steps: 9999, seq_len: 64}]", "stages take 10008 steps and"),
-        ("[{steps: 9, seq_len: 64}, {steps: 0, seq_len: 64}]", r"data.stages\[1\].steps: "),
-        ("[{steps: 9, seq_len: 4}]", r"data.stages\[0\].seq_len: .* 8"),
-        ("[{steps: 9, seq_len: 4098}]", r"data.stages\[0\].seq_len 4098 .padded to 4104"),
-        ("[{steps: 9, seq_len: 8}]", r"context 9 is more than data.stages\[0\].seq_len 8"),
-    ],
-)
-def test_a_stage_that_cannot_be_trained_is_refused(recipe: Path, stages: str, named: str) -> None:
-    with pytest.raises(ConfigError, match=named):
-        check_world(load_config(recipe, [f"data.stages={stages}", "parallel.context=9"]), 9)
-
-
 def test_training_sets_come_alone_or_with_weights(recipe: Path) -> None:
     alone = load_config(recipe, ["data.train=here"]).data
     assert [(c.path, c.weight) for c in alone.corpora] == [("here", 1.0)]
