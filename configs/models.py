@@ -11,7 +11,11 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_val
 
 PositiveInt = Annotated[int, Field(ge=1)]
 Probability = Annotated[float, Field(ge=0.0, lt=1.0)]
+# Buckets of the distance of two spans, counted in kept spans: 1, 2-3, 4-7, ... (Lee et al. 2018).
+NUM_DISTANCES = 8
 Recompute = Literal["none", "selective", "full"]
+# What a model is trained on: the content that the index of a data set names.
+Reads = Literal["documents", "pairs", "classification", "questions", "choices", "coreference"]
 
 
 class Section(BaseModel):
@@ -33,11 +37,10 @@ def _window_faults(windows: int | list[int], num_layers: int) -> list[str]:
     return faults
 
 
-class ModelConfig(Section):
-    """Longformer encoder with a masked-language-model head (post-LN, RoBERTa layout)."""
+class EncoderConfig(Section):
+    """Longformer encoder (post-LN, RoBERTa layout); what stands on it is the subclass's."""
 
-    reads: ClassVar[Literal["documents", "pairs"]] = "documents"
-    kind: Literal["longformer_mlm"] = "longformer_mlm"
+    reads: ClassVar[Reads]
     hidden_size: PositiveInt
     num_layers: PositiveInt
     num_heads: PositiveInt
@@ -76,7 +79,7 @@ class ModelConfig(Section):
         return window if isinstance(window, int) else window[layer]
 
     @model_validator(mode="after")
-    def _check(self) -> ModelConfig:
+    def _check(self) -> EncoderConfig:
         faults = []
         if self.hidden_size % self.num_heads:
             faults.append(
@@ -93,10 +96,56 @@ class ModelConfig(Section):
         return self
 
 
+class ModelConfig(EncoderConfig):
+    """Longformer encoder with a masked-language-model head."""
+
+    reads: ClassVar[Reads] = "documents"
+    kind: Literal["longformer_mlm"] = "longformer_mlm"
+
+
+class ClassifierConfig(EncoderConfig):
+    """Longformer that classifies documents; the names of the classes come with the data."""
+
+    reads: ClassVar[Reads] = "classification"
+    kind: Literal["longformer_classifier"] = "longformer_classifier"
+
+
+class QuestionsConfig(EncoderConfig):
+    """Longformer that finds the answer to a question in a text."""
+
+    reads: ClassVar[Reads] = "questions"
+    kind: Literal["longformer_qa"] = "longformer_qa"
+
+
+class ChoicesConfig(EncoderConfig):
+    """Longformer that chooses one of the candidates of a question (WikiHop)."""
+
+    reads: ClassVar[Reads] = "choices"
+    kind: Literal["longformer_choice"] = "longformer_choice"
+
+
+class CorefConfig(EncoderConfig):
+    """Longformer that finds which spans of a document name the same thing.
+
+    The defaults are those of coarse-to-fine coreference (Lee et al. 2018; Joshi et al. 2019).
+
+    Attributes:
+        max_span_width: Most tokens of a span.
+        top_span_ratio: Spans kept per token of the document: a long one has more to keep.
+        num_antecedents: Antecedents of a kept span that are scored finely.
+    """
+
+    reads: ClassVar[Reads] = "coreference"
+    kind: Literal["longformer_coref"] = "longformer_coref"
+    max_span_width: PositiveInt = 30
+    top_span_ratio: Annotated[float, Field(gt=0.0, le=1.0)] = 0.4
+    num_antecedents: PositiveInt = 50
+
+
 class LedConfig(Section):
     """LED: Longformer encoder, full decoder (BART layout, post-LN), tied embeddings."""
 
-    reads: ClassVar[Literal["documents", "pairs"]] = "pairs"
+    reads: ClassVar[Reads] = "pairs"
     kind: Literal["led"] = "led"
     hidden_size: PositiveInt
     encoder_layers: PositiveInt
@@ -158,7 +207,7 @@ class CharLmConfig(Section):
     The window counts both sides as everywhere, so a causal head sees half of it, to the left.
     """
 
-    reads: ClassVar[Literal["documents", "pairs"]] = "documents"
+    reads: ClassVar[Reads] = "documents"
     kind: Literal["char_lm"] = "char_lm"
     hidden_size: PositiveInt
     num_layers: PositiveInt
@@ -212,8 +261,12 @@ class CharLmConfig(Section):
         return self
 
 
-MODEL_CONFIGS: dict[str, type[ModelConfig | LedConfig | CharLmConfig]] = {
+MODEL_CONFIGS: dict[str, type[EncoderConfig | LedConfig | CharLmConfig]] = {
     "longformer_mlm": ModelConfig,
+    "longformer_classifier": ClassifierConfig,
+    "longformer_qa": QuestionsConfig,
+    "longformer_choice": ChoicesConfig,
+    "longformer_coref": CorefConfig,
     "led": LedConfig,
     "char_lm": CharLmConfig,
 }
@@ -229,6 +282,10 @@ def _kind_of(value: Any) -> str:
 
 AnyModelConfig = Annotated[
     Annotated[ModelConfig, Tag("longformer_mlm")]
+    | Annotated[ClassifierConfig, Tag("longformer_classifier")]
+    | Annotated[QuestionsConfig, Tag("longformer_qa")]
+    | Annotated[ChoicesConfig, Tag("longformer_choice")]
+    | Annotated[CorefConfig, Tag("longformer_coref")]
     | Annotated[LedConfig, Tag("led")]
     | Annotated[CharLmConfig, Tag("char_lm")],
     Discriminator(

@@ -13,10 +13,15 @@ from pydantic import Discriminator, Field, Tag, ValidationError, model_validator
 from haloformer.configs.models import (
     AnyModelConfig,
     CharLmConfig,
+    ChoicesConfig,
+    ClassifierConfig,
+    CorefConfig,
+    EncoderConfig,
     LedConfig,
     ModelConfig,
     PositiveInt,
     Probability,
+    QuestionsConfig,
     Section,
 )
 from haloformer.configs.phases import (
@@ -35,10 +40,15 @@ from haloformer.configs.phases import (
 __all__ = [
     "AnyModelConfig",
     "CharLmConfig",
+    "ChoicesConfig",
+    "ClassifierConfig",
+    "CorefConfig",
+    "EncoderConfig",
     "LedConfig",
     "ModelConfig",
     "Phase",
     "PhaseConfig",
+    "QuestionsConfig",
     "TrainConfig",
 ]
 

@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
-from haloformer.configs.models import CharLmConfig, LedConfig, ModelConfig
+from haloformer.configs.models import (
+    NUM_DISTANCES,
+    CharLmConfig,
+    ChoicesConfig,
+    ClassifierConfig,
+    CorefConfig,
+    EncoderConfig,
+    LedConfig,
+    QuestionsConfig,
+)
 
 
-def num_parameters(config: ModelConfig | LedConfig | CharLmConfig, vocab_size: int) -> int:
+def num_parameters(
+    config: EncoderConfig | LedConfig | CharLmConfig, vocab_size: int, num_labels: int = 2
+) -> int:
     """Parameters of a model; the output projection is tied to the embedding.
 
     Args:
         config: Sizes.
         vocab_size: Entries of the token embedding.
+        num_labels: Classes of a classifier, which its data knows.
     """
     if isinstance(config, LedConfig):
         return _led(config, vocab_size)
@@ -18,9 +30,24 @@ def num_parameters(config: ModelConfig | LedConfig | CharLmConfig, vocab_size: i
         return _char_lm(config, vocab_size)
     size = config.hidden_size
     rows = vocab_size + config.num_position_rows + config.type_vocab_size
-    head = _linear(size, size) + _norm(size) + vocab_size
+    head = _head(config, vocab_size, num_labels)
     layers = config.num_layers * _encoder_layer(size, config.ffn_size)
     return rows * size + _norm(size) + layers + head
+
+
+def _head(config: EncoderConfig, vocab_size: int, num_labels: int) -> int:
+    size = config.hidden_size
+    if isinstance(config, ClassifierConfig):
+        return _linear(size, size) + _linear(size, num_labels)
+    if isinstance(config, QuestionsConfig):
+        return _linear(size, 2)
+    if isinstance(config, ChoicesConfig):
+        return _linear(size, 1)
+    if isinstance(config, CorefConfig):
+        mentions = 2 * (_linear(size, size) + _linear(size, 1))
+        pairs = _linear(2 * size, 2 * size) + _linear(7 * size, size) + _linear(size, 1)
+        return mentions + pairs + NUM_DISTANCES * size
+    return _linear(size, size) + _norm(size) + vocab_size  # the masked language model's
 
 
 def _led(config: LedConfig, vocab_size: int) -> int:

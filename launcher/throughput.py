@@ -8,7 +8,7 @@ import time
 
 import torch
 
-from haloformer.configs.schema import ModelConfig
+from haloformer.configs.models import EncoderConfig
 from haloformer.kernels.fold import folding_pays
 
 # Dense bf16 TFLOP/s without sparsity, from the vendors' data sheets.
@@ -16,7 +16,7 @@ GPU_PEAK_TFLOPS = {"H200": 989.0, "H100": 989.0, "A100": 312.0, "L40S": 362.0, "
 
 
 def forward_flops_per_token(
-    config: ModelConfig, vocab_size: int, *, num_globals: float, target_fraction: float
+    config: EncoderConfig, vocab_size: int, *, num_globals: float, target_fraction: float
 ) -> float:
     """Floating-point operations of the forward pass per token of the sequence.
 

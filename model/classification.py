@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.nn import functional
 
-from haloformer.configs.schema import ModelConfig
+from haloformer.configs.models import EncoderConfig
 from haloformer.kernels.dropout import hidden_dropout
 from haloformer.kernels.sharded import SequenceShard
 from haloformer.model.dropout_sites import DropoutStep, Site
@@ -35,7 +35,7 @@ class ClassificationOutput(NamedTuple):
 class ClassificationHead(nn.Module):
     """Dropout, dense, tanh, dropout, projection (RoBERTa)."""
 
-    def __init__(self, config: ModelConfig, num_labels: int) -> None:
+    def __init__(self, config: EncoderConfig, num_labels: int) -> None:
         super().__init__()
         size, std = config.hidden_size, config.initializer_range
         self.dropout = config.hidden_dropout
@@ -71,7 +71,7 @@ class LongformerForSequenceClassification(nn.Module):
 
     def __init__(
         self,
-        config: ModelConfig,
+        config: EncoderConfig,
         vocab_size: int,
         num_labels: int,
         tensor_group: ProcessGroup | None = None,

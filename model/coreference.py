@@ -1,7 +1,7 @@
 """Coreference by coarse-to-fine span ranking (Lee et al. 2018), over a sharded document.
 
     1. every span of up to L tokens gets a mention score from its first and last token
-    2. the M best spans of the whole document are kept
+    2. the best spans of the whole document are kept, so many per token of it
     3. coarse: a bilinear score picks K likely antecedents of each
     4. fine: a small network scores those pairs; "no antecedent" scores 0
 
@@ -19,15 +19,13 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.nn import functional
 
-from haloformer.configs.schema import ModelConfig
+from haloformer.configs.models import NUM_DISTANCES, CorefConfig
 from haloformer.kernels.gather import gather_at, gather_rows, with_following_rows
 from haloformer.kernels.sharded import SequenceShard
 from haloformer.model.dropout_sites import DropoutStep
 from haloformer.model.encoder import LongformerEncoder
 from haloformer.model.layers import plain_embedding, plain_linear
 from haloformer.model.rows import counted_once
-
-_NUM_DISTANCES = 8  # buckets of the number of kept spans between the two: 1, 2-3, 4-7, ...
 
 
 class CorefOutput(NamedTuple):
@@ -51,16 +49,16 @@ class CorefOutput(NamedTuple):
 class CorefHead(nn.Module):
     """Mention scores, coarse and fine antecedent scores."""
 
-    def __init__(self, config: ModelConfig, max_width: int, num_antecedents: int) -> None:
+    def __init__(self, config: CorefConfig) -> None:
         super().__init__()
         size, std = config.hidden_size, config.initializer_range
-        self.max_width, self.num_antecedents = max_width, num_antecedents
+        self.max_width, self.num_antecedents = config.max_span_width, config.num_antecedents
         self.start = plain_linear(size, size, std)
         self.end = plain_linear(size, size, std)
         self.start_score = plain_linear(size, 1, std)
         self.end_score = plain_linear(size, 1, std)
         self.coarse = plain_linear(2 * size, 2 * size, std)
-        self.distance = plain_embedding(_NUM_DISTANCES, size, std)
+        self.distance = plain_embedding(NUM_DISTANCES, size, std)
         self.inner = plain_linear(7 * size, size, std)
         self.output = plain_linear(size, 1, std)
 
@@ -117,7 +115,7 @@ class CorefHead(nn.Module):
         numbers = torch.arange(spans.shape[1], device=spans.device)[:, None]
         # Pairs that are not allowed may point ahead; their scores are -inf already.
         gap = (numbers - chosen).clamp(min=1)
-        bucket = torch.log2(gap.to(torch.float32)).long().clamp(max=_NUM_DISTANCES - 1)
+        bucket = torch.log2(gap.to(torch.float32)).long().clamp(max=NUM_DISTANCES - 1)
         pair = torch.cat([own, other, own * other, self.distance(bucket)], dim=-1)
         scores: Tensor = self.output(functional.gelu(self.inner(pair)))
         return scores[..., 0]
@@ -127,28 +125,18 @@ class LongformerForCoreference(nn.Module):
     """Encoder and coreference head.
 
     Args:
-        config: Sizes of the encoder.
+        config: Sizes of encoder and head.
         vocab_size: Entries of the token embedding.
-        max_width: Most tokens of a span, L.
-        num_spans: Spans kept per document, M.
-        num_antecedents: Antecedents scored finely per span, K.
         tensor_group: Tensor-parallel group, None for plain torch layers.
     """
 
     def __init__(
-        self,
-        config: ModelConfig,
-        vocab_size: int,
-        *,
-        max_width: int = 30,
-        num_spans: int = 1024,
-        num_antecedents: int = 50,
-        tensor_group: ProcessGroup | None = None,
+        self, config: CorefConfig, vocab_size: int, tensor_group: ProcessGroup | None = None
     ) -> None:
         super().__init__()
-        self.num_spans = num_spans
+        self.top_span_ratio = config.top_span_ratio
         self.encoder = LongformerEncoder(config, vocab_size, tensor_group)
-        self.head = CorefHead(config, max_width, num_antecedents)
+        self.head = CorefHead(config)
 
     def forward(
         self,
@@ -168,11 +156,9 @@ class LongformerForCoreference(nn.Module):
         """
         hidden = self.encoder(input_ids, shard, step)
         scores = gather_rows(self.head.mention_scores(hidden, shard), shard.ranks)  # [B, N, L]
+        kept, mask = best_spans(scores.detach(), shard.attention_mask, self.top_span_ratio)
         width = scores.shape[-1]
-        flat = scores.flatten(1)
-        kept = flat.detach().topk(min(self.num_spans, flat.shape[1]), dim=1)[1].sort(dim=1)[0]
-        mentions = flat.gather(1, kept)
-        mask = mentions > -torch.inf
+        mentions = scores.flatten(1).gather(1, kept)
         first = (kept // width).where(mask, 0)
         last = (kept // width + kept % width).where(mask, 0)
         both = gather_at(hidden, torch.cat([first, last], dim=1), shard.ranks)
@@ -185,6 +171,31 @@ class LongformerForCoreference(nn.Module):
         loss = antecedent_loss(ranked, antecedents, gold_clusters(spans, mask, labels))
         loss = (loss * mask).sum()
         return CorefOutput(counted_once(loss, shard), spans, mask, antecedents, ranked)
+
+
+def best_spans(
+    scores: Float[Tensor, "b n l"], attention_mask: Bool[Tensor, "b n"], ratio: float
+) -> tuple[Int[Tensor, "b m"], Bool[Tensor, "b m"]]:
+    """The spans that are kept, in order of the text.
+
+    How many depends on a document's own tokens, not on the padding beside it.
+
+    Args:
+        scores: [B, N, L] by first token and width less 1, -inf where there is no such span.
+        attention_mask: [B, N], False = padding.
+        ratio: Spans kept per token.
+
+    Returns:
+        [B, M] first token * L + width less 1, unused slots last; and [B, M], False = unused.
+    """
+    flat = scores.flatten(1)
+    num_slots = min(max(int(ratio * scores.shape[1]), 1), flat.shape[1])
+    best, places = flat.topk(num_slots, dim=1)
+    quota = (attention_mask.sum(1).double() * ratio).long().clamp(min=1)  # [B]
+    used = torch.arange(num_slots, device=flat.device) < quota[:, None]
+    used = used & (best > -torch.inf)
+    order = places.masked_fill(~used, flat.shape[1]).argsort(dim=1)
+    return places.gather(1, order), used.gather(1, order)
 
 
 def gold_clusters(

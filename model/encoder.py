@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.nn import functional
 
-from haloformer.configs.schema import ModelConfig
+from haloformer.configs.models import EncoderConfig
 from haloformer.kernels.dropout import hidden_dropout
 from haloformer.kernels.sharded import SequenceShard
 from haloformer.kernels.spec import WindowSpec
@@ -29,7 +29,7 @@ class Embeddings(nn.Module):
     """Token + position + token-type embeddings, LayerNorm, dropout (RoBERTa layout)."""
 
     def __init__(
-        self, config: ModelConfig, vocab_size: int, tensor_group: ProcessGroup | None
+        self, config: EncoderConfig, vocab_size: int, tensor_group: ProcessGroup | None
     ) -> None:
         super().__init__()
         std, size = config.initializer_range, config.hidden_size
@@ -60,7 +60,9 @@ class Embeddings(nn.Module):
 class EncoderLayer(nn.Module):
     """Attention and feed-forward, each followed by dropout, residual and LayerNorm."""
 
-    def __init__(self, config: ModelConfig, index: int, tensor_group: ProcessGroup | None) -> None:
+    def __init__(
+        self, config: EncoderConfig, index: int, tensor_group: ProcessGroup | None
+    ) -> None:
         super().__init__()
         std, size = config.initializer_range, config.hidden_size
         self.recompute = config.recompute
@@ -120,7 +122,7 @@ class LongformerEncoder(nn.Module):
     """Embeddings and layers."""
 
     def __init__(
-        self, config: ModelConfig, vocab_size: int, tensor_group: ProcessGroup | None = None
+        self, config: EncoderConfig, vocab_size: int, tensor_group: ProcessGroup | None = None
     ) -> None:
         super().__init__()
         self.recompute = config.recompute

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.nn import functional
 
-from haloformer.configs.schema import ModelConfig
+from haloformer.configs.models import EncoderConfig
 from haloformer.kernels.gather import gather_at
 from haloformer.kernels.sharded import SequenceShard
 from haloformer.model.dropout_sites import DropoutStep
@@ -50,7 +50,7 @@ class LongformerForMultipleChoice(nn.Module):
     """
 
     def __init__(
-        self, config: ModelConfig, vocab_size: int, tensor_group: ProcessGroup | None = None
+        self, config: EncoderConfig, vocab_size: int, tensor_group: ProcessGroup | None = None
     ) -> None:
         super().__init__()
         self.encoder = LongformerEncoder(config, vocab_size, tensor_group)

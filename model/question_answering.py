@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from haloformer.configs.schema import ModelConfig
+from haloformer.configs.models import EncoderConfig
 from haloformer.kernels.gather import gather_rows
 from haloformer.kernels.sharded import SequenceShard
 from haloformer.model.dropout_sites import DropoutStep
@@ -72,7 +72,7 @@ def or_softmax_loss(
 class QaHead(nn.Module):
     """A start and an end score per token."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
         self.output = plain_linear(config.hidden_size, 2, config.initializer_range)
 
@@ -92,7 +92,7 @@ class LongformerForQuestionAnswering(nn.Module):
     """
 
     def __init__(
-        self, config: ModelConfig, vocab_size: int, tensor_group: ProcessGroup | None = None
+        self, config: EncoderConfig, vocab_size: int, tensor_group: ProcessGroup | None = None
     ) -> None:
         super().__init__()
         self.encoder = LongformerEncoder(config, vocab_size, tensor_group)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 import torch.distributed
 
-from haloformer.configs.schema import CharLmConfig, LedConfig, ModelConfig
+from haloformer.configs.models import CharLmConfig, CorefConfig, LedConfig, ModelConfig
 from haloformer.kernels.sharded import SequenceShard
 from haloformer.model.char_lm import CharLm
 from haloformer.model.classification import LongformerForSequenceClassification
@@ -23,7 +23,7 @@ from haloformer.model.question_answering import LongformerForQuestionAnswering
 VOCAB, LENGTH, TARGETS = 37, 24, 8  # 37: an odd vocabulary has to be padded for two tensor ranks
 
 
-def longformer_config(**more):
+def encoder_settings(**more):
     settings = {
         "hidden_size": 16,
         "num_layers": 2,
@@ -34,7 +34,11 @@ def longformer_config(**more):
         "dilation": [1, 1, 2, 1],
         "initializer_range": 0.3,
     }
-    return ModelConfig(**{**settings, **more})
+    return {**settings, **more}
+
+
+def longformer_config(**more):
+    return ModelConfig(**encoder_settings(**more))
 
 
 def led_config(**more):
@@ -79,16 +83,12 @@ def build(kind, tensor_group=None, **more):
         return LedForConditionalGeneration(led_config(**more), VOCAB, tensor_group).double()
     if kind == "char_lm":
         return CharLm(char_config(**more), VOCAB, tensor_group).double()
-    config = longformer_config(**more)
     if kind == "coreference":
-        return LongformerForCoreference(
-            config,
-            VOCAB,
-            max_width=8,  # reaches over a whole rank of four
-            num_spans=12,
-            num_antecedents=5,
-            tensor_group=tensor_group,
-        ).double()
+        # A span of eight reaches over a whole rank of four.
+        sizes = {"max_span_width": 8, "top_span_ratio": 0.5, "num_antecedents": 5, **more}
+        config = CorefConfig(**encoder_settings(**sizes))
+        return LongformerForCoreference(config, VOCAB, tensor_group).double()
+    config = longformer_config(**more)
     if kind == "classification":
         return LongformerForSequenceClassification(config, VOCAB, 5, tensor_group).double()
     cls = {

@@ -80,7 +80,8 @@ def test_coreference_keeps_spans_of_real_tokens_in_order_of_the_text():
     lengths = shard.attention_mask.sum(1)
     for b in range(3):
         spans = output.spans[b][output.span_mask[b]].tolist()
-        assert len(spans) == 12 and spans == sorted(spans)
+        # Half as many as tokens, whatever the padding.
+        assert len(spans) == lengths[b] // 2 and spans == sorted(spans)
         assert all(0 <= first <= last < lengths[b] and last - first < 8 for first, last in spans)
 
 
