@@ -236,15 +236,15 @@ class TrainConfig(Section):
 
     @model_validator(mode="after")
     def _check_data_for_model(self) -> TrainConfig:
-        kind, data = self.model.kind, self.data
+        kind, reads, data = self.model.kind, self.model.reads, self.data
         faults = []
-        if kind == "led":
-            if data.target_len is None:
-                faults.append("data.target_len is missing; a led needs it, such as target_len: 512")
-            if data.isolate_documents:
-                faults.append("data.isolate_documents is for packed text; a led reads pairs")
-        elif data.target_len is not None:
-            faults.append(f"data.target_len is for pairs; a {kind} reads text, remove it")
+        if reads == "pairs" and data.target_len is None:
+            faults.append(f"data.target_len is missing; a {kind} needs it, such as target_len: 512")
+        if reads != "pairs" and data.target_len is not None:
+            what = "text" if reads == "documents" else reads
+            faults.append(f"data.target_len is for pairs; a {kind} reads {what}, remove it")
+        if reads != "documents" and data.isolate_documents:
+            faults.append(f"data.isolate_documents is for packed text; a {kind} reads {reads}")
         if faults:
             raise ValueError("; ".join(faults))
         return self

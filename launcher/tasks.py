@@ -30,7 +30,7 @@ from haloformer.launcher.throughput import forward_flops_per_token, training_flo
 from haloformer.launcher.topology import Topology
 from haloformer.model.char_lm import CharLm
 from haloformer.model.led import LedForConditionalGeneration
-from haloformer.model.longformer import LongformerForMaskedLM
+from haloformer.model.longformer import IGNORED_LABEL, LongformerForMaskedLM
 
 AnyBatch = Batch | PairBatch
 
@@ -90,6 +90,10 @@ class Task(ABC):
         self, batch: Any, micro_batch: int, topology: Topology
     ) -> Iterator[RankInput | PairInput]:
         """What the model is called with, micro-batch by micro-batch; dropout follows it."""
+
+    def num_targets(self, batch: Any) -> int:
+        """What the loss of a global batch is a mean over: this data-parallel rank's part of it."""
+        return int((batch.labels != IGNORED_LABEL).sum())
 
     def counts(self, batch: Any) -> dict[str, int]:
         """What is counted over the global batch and shown with each step."""

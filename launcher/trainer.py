@@ -30,7 +30,6 @@ from haloformer.launcher.throughput import peak_memory_bytes
 from haloformer.launcher.topology import Topology
 from haloformer.launcher.tracker import Tracker
 from haloformer.model.dropout_sites import DropoutStep
-from haloformer.model.longformer import IGNORED_LABEL
 
 
 @dataclass
@@ -165,7 +164,7 @@ class Trainer:
         counts = dict(self.task.counts(batch))
         if self.config.data.on_corrupt == "skip":
             counts["num_skipped"] = self.train.num_skipped  # since this process started
-        mine = [int((batch.labels != IGNORED_LABEL).sum()), batch.num_tokens, *counts.values()]
+        mine = [self.task.num_targets(batch), batch.num_tokens, *counts.values()]
         # Every context and tensor rank sees the same batch, so only the first one counts.
         mine = mine if self._counts else [0] * len(mine)
         agreed = torch.tensor([int(self.stop.asked), *mine], device=self.topology.device)
@@ -251,7 +250,8 @@ def evaluate(
             for inputs in task.micro_batches(batch, config.batch.micro_batch, topology):
                 output = engine(*inputs, None)
                 totals[0] += output.loss_sum
-                totals[1] += (inputs.labels != IGNORED_LABEL).sum()
+            # Every context rank sees the same batch, so only the first one counts.
+            totals[1] += task.num_targets(batch) * int(topology.context_rank == 0)
     dist.all_reduce(totals, group=topology.data_context_group)
     loss_sum, num_targets = totals.tolist()
     return loss_sum / max(num_targets, 1.0), int(num_targets)
