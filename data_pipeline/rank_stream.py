@@ -10,6 +10,7 @@ with i % R == r, ascending, so the union over ranks is the same batch for every 
 
 from __future__ import annotations
 
+import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -54,6 +55,18 @@ class OpenCorpus(Protocol):
 C = TypeVar("C", bound=OpenCorpus)
 
 
+def seed_of_phase(seed: int, phase: int) -> int:
+    """The seed of the data of a phase of a run: every phase has an order of its own.
+
+    Phase 0 has the run's, so that a run without phases is its own first phase.
+    """
+    if phase == 0:
+        return seed
+    key = seed.to_bytes(8, "little") + phase.to_bytes(8, "little")
+    digest = hashlib.blake2b(key, digest_size=8, person=b"phase").digest()
+    return int.from_bytes(digest, "little") >> 1  # a recipe's seed is below 2**63
+
+
 def slots_of_rank(global_batch: int, data_rank: int, data_world: int) -> range:
     """The slots of every global batch that a data-parallel rank makes.
 
@@ -76,7 +89,7 @@ class RankStream(ABC, Generic[C]):
     Args:
         data: A folder made by ``prepare`` (its ``train``), a path or URL; or several with weights.
         config: The recipe's data section.
-        seed: Seed of the run: order and masks.
+        seed: Order and masks; see ``seed_of_phase``.
         global_batch: Sequences (pairs) per optimizer step, over all ranks.
         data_rank: Data-parallel rank (ranks of one context-parallel group pass the same).
         data_world: Data-parallel ranks; must divide ``global_batch``.

@@ -17,10 +17,11 @@ from haloformer.kernels.sharded import (
 from haloformer.kernels.spec import WindowSpec
 from haloformer.model.dropout_sites import DropoutStep, Site
 from haloformer.model.global_rows import GlobalKey, GlobalValue, answer_global_rows
-from haloformer.model.layers import column_linear, plain_linear, row_linear, tensor_share
+from haloformer.model.layers import column_linear, plain_linear, row_linear
+from haloformer.model.windows import WindowedAttention
 
 
-class LongformerSelfAttention(nn.Module):
+class LongformerSelfAttention(WindowedAttention):
     """Sliding-window attention plus global tokens with projections of their own (section 3.1).
 
     ::
@@ -48,8 +49,7 @@ class LongformerSelfAttention(nn.Module):
         super().__init__()
         self.layer, self.dropout, self.backend = layer, dropout, backend
         self.head_dim = hidden_size // spec.num_heads
-        heads = tensor_share(spec.num_heads, "heads", tensor_group)
-        self.spec, self.first_head = spec.select(heads), heads.start
+        self.set_window(spec, tensor_group)
 
         def column() -> nn.Module:
             return column_linear(hidden_size, hidden_size, std, tensor_group)

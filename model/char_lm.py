@@ -23,13 +23,11 @@ from haloformer.kernels.sharded import (
     SequenceShard,
     sharded_attention,
 )
-from haloformer.kernels.spec import WindowSpec
 from haloformer.model.dropout_sites import DropoutStep, Site
 from haloformer.model.encoder import drop
 from haloformer.model.layers import (
     column_linear,
     row_linear,
-    tensor_share,
     vocab_bias,
     vocab_embedding,
     vocab_logits,
@@ -37,6 +35,7 @@ from haloformer.model.layers import (
 from haloformer.model.longformer import IGNORED_LABEL
 from haloformer.model.recompute import recomputed
 from haloformer.model.vocab_loss import token_loss
+from haloformer.model.windows import WindowedAttention, char_window
 
 _ROTARY_BASE = 10_000.0
 
@@ -75,7 +74,7 @@ def rotate(x: Float[Tensor, "b n h d"], first_row: int) -> Float[Tensor, "b n h 
     return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
 
 
-class CausalAttention(nn.Module):
+class CausalAttention(WindowedAttention):
     """Sliding-window attention to the left; there are no global tokens, which would see ahead."""
 
     def __init__(self, config: CharLmConfig, index: int, tensor_group: ProcessGroup | None) -> None:
@@ -83,14 +82,7 @@ class CausalAttention(nn.Module):
         size, std = config.hidden_size, config.initializer_range
         self.layer, self.dropout = index + 1, config.attention_dropout
         self.head_dim = size // config.num_heads
-        heads = tensor_share(config.num_heads, "heads", tensor_group)
-        spec = WindowSpec.from_two_sided(
-            config.window_of_layer(index),
-            config.num_heads,
-            dilation=config.dilation_of_layer(index),
-            causal=True,
-        )
-        self.spec, self.first_head = spec.select(heads), heads.start
+        self.set_window(char_window(config, index), tensor_group)
         self.query = column_linear(size, size, std, tensor_group)
         self.key = column_linear(size, size, std, tensor_group)
         self.value = column_linear(size, size, std, tensor_group)

@@ -11,7 +11,6 @@ from torch.nn import functional
 from haloformer.configs.models import EncoderConfig
 from haloformer.kernels.dropout import hidden_dropout
 from haloformer.kernels.sharded import SequenceShard
-from haloformer.kernels.spec import WindowSpec
 from haloformer.model.attention import LongformerSelfAttention
 from haloformer.model.dropout_sites import DropoutStep, Site
 from haloformer.model.layers import (
@@ -23,6 +22,7 @@ from haloformer.model.layers import (
 )
 from haloformer.model.positions import roberta_positions
 from haloformer.model.recompute import recomputed
+from haloformer.model.windows import encoder_window
 
 
 class Embeddings(nn.Module):
@@ -68,15 +68,9 @@ class EncoderLayer(nn.Module):
         self.recompute = config.recompute
         self.layer = index + 1  # layer 0 of the dropout keys is the embeddings
         self.dropout, self.activation_dropout = config.hidden_dropout, config.activation_dropout
-        spec = WindowSpec.from_two_sided(
-            config.window_of_layer(index),
-            config.num_heads,
-            dilation=config.dilation,
-            causal=config.causal,
-        )
         self.attention = LongformerSelfAttention(
             size,
-            spec,
+            encoder_window(config, index),
             self.layer,
             dropout=config.attention_dropout,
             std=std,
