@@ -84,12 +84,14 @@ class Facts:
         tokenizer_sha256: Which one it is.
         characters_per_token: Bits per character = nats per token / ln 2 / this; of a blend, what a
             token of it has on average.
+        labels: Of classification: the classes, in the order of their numbers.
     """
 
     place: str
     vocab_size: int
     tokenizer_sha256: str
     characters_per_token: float
+    labels: tuple[str, ...] = ()
 
 
 def open_corpora(
@@ -98,13 +100,15 @@ def open_corpora(
     """Load the indexes of corpora that are to be read together.
 
     Raises:
-        DataError: If one is damaged, holds something else, or has another tokenizer than the first.
+        DataError: If one is damaged, holds something else, or has another tokenizer or other labels
+            than the first.
     """
     indexes = [load_index(corpus.folder, cache) for corpus in corpora]
     first = indexes[0]
     for index in indexes:
         index.check_content(wanted)
         index.check_tokenizer(first.tokenizer_sha256, f"the corpus {first.folder}")
+        index.check_labels(first.labels, f"the corpus {first.folder}")
     return indexes
 
 
@@ -120,6 +124,7 @@ def facts_of(corpora: Sequence[Corpus], indexes: Sequence[ShardIndex]) -> Facts:
         vocab_size=indexes[0].vocab_size,
         tokenizer_sha256=indexes[0].tokenizer_sha256,
         characters_per_token=characters,
+        labels=indexes[0].labels,
     )
 
 

@@ -22,24 +22,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from haloformer.data_pipeline.mlm import IGNORED
+from haloformer.data_pipeline.sample_key import SampleKey
 
 ExampleContent = Literal["classification", "questions", "choices", "coreference"]
 MAX_ANSWERS = 64  # occurrences of an answer in one row (AI2's script)
 NO_SPAN = -1  # fills up labels and candidates that are positions
-
-
-class ExampleKey(NamedTuple):
-    """Which example it is, and in which epoch it is read."""
-
-    epoch: int
-    shard: int
-    sample: int
+ExampleKey = SampleKey
 
 
 @dataclass(frozen=True, slots=True)

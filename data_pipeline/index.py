@@ -3,8 +3,9 @@
     train/
       index.json            written last: a folder without it is not a data set
       shard-000000.tar      WebDataset: 000000000000.json, 000000000000.npy, 000000000001.json ...
-                            (of a pair the .npy holds source and target, one after the other)
-      shard-000000.offsets  one RECORD per sample: where its tokens lie in the tar
+                            (of a pair the .npy holds source and target, one after the other; of
+                            an example all its texts, and the .json what is to be learned)
+      shard-000000.offsets  one record per sample: where its tokens lie in the tar
       tokenizer/            what made the tokens
 
 index.json holds a hash of itself and of every other file; the table holds a crc32 per sample. So
@@ -38,7 +39,21 @@ RECORD = np.dtype(
 )
 # A pair's tokens are those of its source and then those of its target.
 PAIR_RECORD = np.dtype([*RECORD.descr, ("num_source", "<u4")])
-Content = Literal["documents", "pairs"]
+# An example's tokens are those of its texts, one after the other; its note is the sample's JSON.
+EXAMPLE_RECORD = np.dtype(
+    [*RECORD.descr, ("note_offset", "<u8"), ("note_size", "<u4"), ("note_crc32", "<u4")]
+)
+MAX_NOTE_BYTES = 1 << 20  # of one example
+Content = Literal["documents", "pairs", "classification", "questions", "choices", "coreference"]
+_RECORDS: dict[Content, np.dtype[np.void]] = {"documents": RECORD, "pairs": PAIR_RECORD}
+_FORMATS: dict[Content, str] = {
+    "documents": "text, jsonl, mediawiki or enwik8",
+    "pairs": "pairs, mediawiki_lead or arxiv",
+    "classification": "imdb or hyperpartisan",
+    "questions": "triviaqa or hotpotqa",
+    "choices": "wikihop",
+    "coreference": "conll2012",
+}
 _SHARD_NAME = re.compile(r"shard-[0-9]{6,9}\.tar")
 _HASH = re.compile(r"[0-9a-f]{64}")
 _DTYPES = ("<u2", "<i4")
@@ -77,10 +92,11 @@ class ShardIndex:
     sha256: str  # names the content: two data sets with the same hash are the same
     store: Store = field(compare=False, repr=False)
     content: Content = "documents"
+    labels: tuple[str, ...] = ()  # of classification: the classes, in the order of their numbers
 
     @property
     def num_samples(self) -> int:
-        """Documents, or pairs."""
+        """Documents, pairs or examples."""
         return sum(shard.num_samples for shard in self.shards)
 
     @property
@@ -106,7 +122,7 @@ class ShardIndex:
     @property
     def record(self) -> np.dtype[np.void]:
         """One entry of an offset table."""
-        return PAIR_RECORD if self.content == "pairs" else RECORD
+        return record_of(self.content)
 
     def check_content(self, wanted: Content) -> None:
         """Refuse a data set of the other kind.
@@ -115,11 +131,27 @@ class ShardIndex:
             DataError: If it holds something else.
         """
         if self.content != wanted:
-            formats = {"documents": "text, jsonl or mediawiki", "pairs": "pairs or mediawiki_lead"}
             raise DataError(
                 f"it holds {self.content}, and this model is trained on {wanted}",
                 file=self.folder,
-                remedy=f"prepare the data with --format {formats[wanted]}",
+                remedy=f"prepare the data with --format {_FORMATS[wanted]}",
+            )
+
+    def check_labels(self, labels: tuple[str, ...], origin: Path | str) -> None:
+        """Refuse a data set of other classes than those a model is trained on.
+
+        Args:
+            labels: The classes of the training data.
+            origin: Where those come from, for the message.
+
+        Raises:
+            DataError: If this data set has others, or the same in another order.
+        """
+        if labels != self.labels:
+            raise DataError(
+                f"it has the labels {', '.join(self.labels)}, and {origin} has {', '.join(labels)}",
+                file=self.folder,
+                remedy="prepare both from folders with the same labels",
             )
 
     def load_tokenizer(self) -> Tokenizer:
@@ -160,8 +192,18 @@ class ShardIndex:
             )
 
 
+def record_of(content: Content) -> np.dtype[np.void]:
+    """One entry of the offset tables of a data set."""
+    return _RECORDS.get(content, EXAMPLE_RECORD)
+
+
 def save_index(
-    folder: Path, shards: list[ShardInfo], dtype: str, tokenizer: Tokenizer, holds: Content
+    folder: Path,
+    shards: list[ShardInfo],
+    dtype: str,
+    tokenizer: Tokenizer,
+    holds: Content,
+    labels: tuple[str, ...] = (),
 ) -> ShardIndex:
     """Write ``index.json``, which makes the folder a data set."""
     content: dict[str, Any] = {
@@ -176,6 +218,8 @@ def save_index(
         },
         "shards": [asdict(shard) for shard in shards],
     }
+    if labels:
+        content["labels"] = list(labels)
     content["sha256"] = _own_hash(content)
     write_atomic(folder / INDEX_NAME, (json.dumps(content, indent=1) + "\n").encode())
     return load_index(folder)
@@ -257,6 +301,13 @@ def _parse(store: Store, content: dict[str, Any]) -> ShardIndex:
     holds = content.get("content", "documents")  # older data sets hold documents and do not say so
     if holds not in get_args(Content):
         raise ValueError(f"content {holds!r}")
+    labels = content.get("labels", [])
+    if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
+        raise ValueError(f"labels {labels!r}")
+    if len(set(labels)) != len(labels):
+        raise ValueError(f"labels {labels!r}")
+    if bool(labels) != (holds == "classification"):
+        raise ValueError(f"{len(labels)} labels, content {holds!r}")
     return ShardIndex(
         folder=store.folder,
         store=store,
@@ -267,6 +318,7 @@ def _parse(store: Store, content: dict[str, Any]) -> ShardIndex:
         vocab_size=int(tokenizer["vocab_size"]),
         sha256=content["sha256"],
         content=holds,
+        labels=tuple(labels),
     )
 
 
@@ -302,4 +354,6 @@ def load_table(index: ShardIndex, shard: int) -> NDArray[np.void]:
             sample=int(np.argmin(lengths)),
             remedy="prepare the data again, which leaves empty texts out",
         )
+    if "note_size" in (table.dtype.names or ()) and (table["note_size"] > MAX_NOTE_BYTES).any():
+        raise DataError(f"an annotation is longer than {MAX_NOTE_BYTES} bytes", file=path)
     return table

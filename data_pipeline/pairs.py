@@ -11,22 +11,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from haloformer.data_pipeline.mlm import IGNORED
 from haloformer.data_pipeline.reader import ShardReader
+from haloformer.data_pipeline.sample_key import SampleKey
 from haloformer.data_pipeline.tokenizers import Specials
 
-
-class PairKey(NamedTuple):
-    """Which pair it is, and in which epoch it is read."""
-
-    epoch: int
-    shard: int
-    sample: int
+PairKey = SampleKey
 
 
 @dataclass(frozen=True, slots=True)

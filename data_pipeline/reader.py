@@ -7,12 +7,14 @@ index. Memory is bounded: open files, tables, checked documents and cached token
 from __future__ import annotations
 
 import hashlib
+import json
 import tempfile
 import zlib
 from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -67,6 +69,23 @@ class ShardReader:
         """Tokens of a pair's source, and of source and target, which follows it."""
         record = self._table(shard)[sample]
         return int(record["num_source"]), int(record["num_tokens"])
+
+    def note(self, shard: int, sample: int) -> dict[str, Any]:
+        """What is stored with an example: ``segments`` (tokens of each text), ``note``, ``spans``.
+
+        Raises:
+            CorruptSampleError: If it is not what was written.
+        """
+        record = self._table(shard)[sample]
+        offset, size = int(record["note_offset"]), int(record["note_size"])
+        crc, name = int(record["note_crc32"]), self.index.shards[shard].name
+        content = self._pread(shard, sample, offset, size)
+        if zlib.crc32(content) != crc and self.index.store.forget(name, offset, size):
+            content = self._pread(shard, sample, offset, size)  # cached wrong, as in ``check``
+        if zlib.crc32(content) != crc:
+            raise self._corrupt(shard, sample, "the annotation is damaged (wrong crc32)")
+        note: dict[str, Any] = json.loads(content)
+        return note
 
     def check(self, shard: int, sample: int) -> None:
         """Make sure that a document's tokens are the ones that were written.

@@ -16,21 +16,24 @@ import io
 import json
 import os
 import zlib
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import IO, TYPE_CHECKING
+from types import MappingProxyType, TracebackType
+from typing import IO, TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from haloformer.data_pipeline.annotated import Annotated
+from haloformer.data_pipeline.errors import DataError
 from haloformer.data_pipeline.files import fsync_folder, write_atomic
 from haloformer.data_pipeline.index import (
-    PAIR_RECORD,
-    RECORD,
+    MAX_NOTE_BYTES,
     TOKENIZER_FOLDER,
     Content,
     ShardIndex,
     ShardInfo,
+    record_of,
     save_index,
 )
 from haloformer.data_pipeline.tokenizers import Tokenizer
@@ -75,7 +78,9 @@ class DatasetWriter:
         folder: An existing, empty folder.
         tokenizer: What made the tokens; it is saved beside them.
         shard_tokens: A shard is closed before it would pass this many tokens.
-        content: What is written: by ``add`` documents, by ``add_pair`` pairs.
+        content: What is written: by ``add`` and ``add_bytes`` documents, by ``add_pair`` pairs, by
+            ``add_example`` the others.
+        labels: The classes of ``classification``, in the order of their numbers.
     """
 
     def __init__(
@@ -84,8 +89,9 @@ class DatasetWriter:
         tokenizer: Tokenizer,
         shard_tokens: int,
         content: Content = "documents",
+        labels: tuple[str, ...] = (),
     ) -> None:
-        self._folder = folder
+        self._folder, self._labels = folder, labels
         self._tokenizer = tokenizer
         self._shard_tokens = shard_tokens
         self._content: Content = content
@@ -122,7 +128,18 @@ class DatasetWriter:
             origin: Where it comes from; kept in the sample's JSON.
         """
         assert self._content == "documents"
-        self._add(text, tokens, origin)
+        self._add(_size(text), tokens, origin)
+
+    def add_bytes(self, content: bytes, tokens: NDArray[np.int64], origin: str) -> None:
+        """Append one document that is bytes, not text; a byte counts as a character.
+
+        Args:
+            content: The bytes.
+            tokens: Their ids, int64 [n], n > 0.
+            origin: Where they come from.
+        """
+        assert self._content == "documents"
+        self._add(_Size(len(content), len(content)), tokens, origin)
 
     def add_pair(
         self,
@@ -140,27 +157,58 @@ class DatasetWriter:
             origin: Where it comes from; kept in the sample's JSON.
         """
         assert self._content == "pairs" and len(source) and len(target)
-        self._add("".join(texts), np.concatenate([source, target]), origin, len(source))
+        tokens = np.concatenate([source, target])
+        num_source = {"num_source": len(source)}
+        self._add(_size(*texts), tokens, origin, num_source, (len(source),))
+
+    def add_example(
+        self,
+        example: Annotated,
+        segments: Sequence[NDArray[np.int64]],
+        spans: list[list[int]],
+        origin: str,
+    ) -> None:
+        """Append one annotated example.
+
+        Args:
+            example: Its texts and its note.
+            segments: Ids of each text, int64 [n_i], the last of them not empty.
+            spans: From ``token_spans``.
+            origin: Where it comes from.
+
+        Raises:
+            DataError: If the annotation is too long, or the label is none of the data set's.
+        """
+        assert self._content not in ("documents", "pairs") and len(segments[-1])
+        if self._content == "classification" and example.note["label"] not in self._labels:
+            raise DataError(f"label {example.note['label']!r} is not in {self._labels}")
+        lengths = [len(segment) for segment in segments]
+        facts = {"segments": lengths, "note": example.note, "spans": spans}
+        self._add(_size(*example.segments), np.concatenate(segments), origin, facts, None)
 
     def _add(
-        self, text: str, tokens: NDArray[np.int64], origin: str, num_source: int | None = None
+        self,
+        size: _Size,
+        tokens: NDArray[np.int64],
+        origin: str,
+        facts: Mapping[str, object] = MappingProxyType({}),
+        extra: tuple[int, ...] | None = (),
     ) -> None:
+        """Append a sample; ``extra`` ends its record, None stands for the place of its JSON."""
         assert len(tokens), "an empty document has no place in a shard"
         if self._writer is None:
             self._writer = self._open()
         elif self._held and self._held + len(tokens) > self._shard_tokens:
             self._writer.next_stream()
         stored = np.ascontiguousarray(tokens, self._dtype)
-        num_bytes = len(text.encode("utf-8"))
-        meta = {
-            "num_bytes": num_bytes,
-            "num_characters": len(text),
-            "num_tokens": len(tokens),
-            "source": origin,
-        }
-        if num_source is not None:
-            meta["num_source"] = num_source
+        meta = {**size._asdict(), "num_tokens": len(tokens), "source": origin, **facts}
         json_bytes, npy_bytes = json.dumps(meta).encode(), _npy(stored)
+        if extra is None and len(json_bytes) > MAX_NOTE_BYTES:
+            raise DataError(
+                f"the annotation has {len(json_bytes)} bytes, the limit is {MAX_NOTE_BYTES}",
+                file=origin,
+                remedy="leave this record out",
+            )
         archive = self._writer.tarstream.tarstream
         start = archive.offset
         key = f"{self.num_samples:012d}"
@@ -170,10 +218,12 @@ class DatasetWriter:
             "webdataset changed its layout"
         )
         offset = npy_start + len(npy_bytes) - stored.nbytes
-        record = (offset, len(tokens), num_bytes, zlib.crc32(stored.data))
-        self._records.append(record if num_source is None else (*record, num_source))
+        if extra is None:
+            extra = (start + _BLOCK, len(json_bytes), zlib.crc32(json_bytes))
+        record = (offset, len(tokens), size.num_bytes, zlib.crc32(stored.data))
+        self._records.append((*record, *extra))
         self._held += len(tokens)
-        self._num_characters += len(text)
+        self._num_characters += size.num_characters
         self.num_samples += 1
         self.num_tokens += len(tokens)
 
@@ -186,7 +236,12 @@ class DatasetWriter:
         self._tokenizer.save(folder)
         fsync_folder(self._folder)
         return save_index(
-            self._folder, self._shards, self._dtype.str, self._tokenizer, self._content
+            self._folder,
+            self._shards,
+            self._dtype.str,
+            self._tokenizer,
+            self._content,
+            self._labels,
         )
 
     def _open(self) -> ShardWriter:
@@ -215,7 +270,7 @@ class DatasetWriter:
         assert file is not None and file.path == Path(name)
         file.finish()
         self._file = None
-        table = np.array(self._records, PAIR_RECORD if self._content == "pairs" else RECORD)
+        table = np.array(self._records, record_of(self._content))
         info = ShardInfo(
             name=file.path.name,
             size=file.size,
@@ -229,6 +284,17 @@ class DatasetWriter:
         write_atomic(self._folder / info.table_name, table.tobytes())
         self._shards.append(info)
         self._records, self._held, self._num_characters = [], 0, 0
+
+
+class _Size(NamedTuple):
+    """Of a sample's texts."""
+
+    num_bytes: int
+    num_characters: int
+
+
+def _size(*texts: str) -> _Size:
+    return _Size(sum(len(text.encode("utf-8")) for text in texts), sum(map(len, texts)))
 
 
 def _npy(tokens: NDArray[np.generic]) -> bytes:

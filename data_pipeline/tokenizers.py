@@ -65,6 +65,9 @@ class Tokenizer(Protocol):
     def decode(self, ids: Iterable[int]) -> str:
         """The text of ids; special tokens are left out, broken UTF-8 is replaced."""
 
+    def byte_lengths(self, ids: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Bytes of UTF-8 that each token of a text stands for, int64 [n]; they add up to it."""
+
     def save(self, folder: Path) -> None:
         """Write it into a folder that ``load_tokenizer`` reads."""
 
@@ -79,12 +82,20 @@ class ByteTokenizer:
 
     def encode(self, text: str) -> NDArray[np.int64]:
         """Ids of a text, int64 [n], without special tokens."""
-        return np.frombuffer(text.encode("utf-8"), np.uint8).astype(np.int64) + 4
+        return self.encode_bytes(text.encode("utf-8"))
+
+    def encode_bytes(self, content: bytes) -> NDArray[np.int64]:
+        """Ids of bytes that need not be text, int64 [n]."""
+        return np.frombuffer(content, np.uint8).astype(np.int64) + 4
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of ids; special tokens are left out, broken UTF-8 is replaced."""
         values = [i - 4 for i in ids if 0 <= i - 4 < _NUM_BYTES]
         return bytes(values).decode("utf-8", "replace")
+
+    def byte_lengths(self, ids: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Bytes of UTF-8 that each token of a text stands for, int64 [n]; they add up to it."""
+        return np.ones(len(ids), np.int64)
 
     def save(self, folder: Path) -> None:
         """Write it into a folder that ``load_tokenizer`` reads."""
@@ -117,6 +128,11 @@ class BpeTokenizer:
         """The text of ids; special tokens are left out, broken UTF-8 is replaced."""
         kept = [int(i) for i in ids if i not in self.specials]
         return self.engine.decode(kept, skip_special_tokens=False)
+
+    def byte_lengths(self, ids: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Bytes of UTF-8 that each token of a text stands for, int64 [n]; they add up to it."""
+        # A token's name has a character for every byte.
+        return np.array([len(self.tokens[i]) for i in ids.tolist()], np.int64)
 
     def save(self, folder: Path) -> None:
         """Write it into a folder that ``load_tokenizer`` reads."""
