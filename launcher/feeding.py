@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from haloformer.data_pipeline.batch import Batch
+from haloformer.data_pipeline.examples import ExampleBatch
 from haloformer.data_pipeline.pairs import PairBatch
 from haloformer.kernels.sharded import SequenceShard
 from haloformer.launcher.topology import Topology
@@ -46,6 +47,38 @@ class PairInput(NamedTuple):
     shard: SequenceShard
 
 
+class ExampleInput(NamedTuple):
+    """What one rank feeds a model of annotated examples for one micro-batch.
+
+    Attributes:
+        input_ids: [B, n] int64, this rank's rows.
+        labels: int64 as in ``ExampleBatch``, of whole sequences: the same on all context ranks.
+        shard: The whole sequence's metadata and this rank's place in it.
+    """
+
+    input_ids: Tensor
+    labels: Tensor
+    shard: SequenceShard
+
+
+class ChoiceInput(NamedTuple):
+    """As ``ExampleInput``, with the places of the candidates that are chosen from.
+
+    Attributes:
+        input_ids: [B, n] int64, this rank's rows.
+        candidates: [B, C] int64 places in the whole sequence, 0 in an unused slot.
+        candidate_mask: [B, C] bool, False = an unused slot.
+        labels: [B] int64, number of the right candidate, -100 = none.
+        shard: The whole sequence's metadata and this rank's place in it.
+    """
+
+    input_ids: Tensor
+    candidates: Tensor
+    candidate_mask: Tensor
+    labels: Tensor
+    shard: SequenceShard
+
+
 def micro_batches(batch: Batch, micro_batch: int, topology: Topology) -> Iterator[RankInput]:
     """Cut a data-parallel rank's sequences into micro-batches, and each to this rank's rows.
 
@@ -74,6 +107,37 @@ def pair_micro_batches(
         )
 
 
+def example_micro_batches(
+    batch: ExampleBatch, micro_batch: int, topology: Topology
+) -> Iterator[ExampleInput]:
+    """As ``micro_batches``; every context rank gets all labels, which name places of the whole."""
+    for part in batch.split(micro_batch):
+        shard = _shard(part, topology)
+        rows = slice(shard.first_row, shard.first_row + shard.num_rows)
+        yield ExampleInput(
+            input_ids=_tensor(part.input_ids[:, rows], topology),
+            labels=_tensor(part.labels, topology),
+            shard=shard,
+        )
+
+
+def choice_micro_batches(
+    batch: ExampleBatch, micro_batch: int, topology: Topology
+) -> Iterator[ChoiceInput]:
+    """As ``example_micro_batches``, with the candidates."""
+    for part, inputs in zip(
+        batch.split(micro_batch), example_micro_batches(batch, micro_batch, topology), strict=True
+    ):
+        used = part.candidates >= 0
+        yield ChoiceInput(
+            input_ids=inputs.input_ids,
+            candidates=_tensor(np.where(used, part.candidates, 0), topology),
+            candidate_mask=_tensor(used, topology),
+            labels=inputs.labels,
+            shard=inputs.shard,
+        )
+
+
 def _rank_input(batch: Batch, topology: Topology) -> RankInput:
     shard = _shard(batch, topology)
     rows = slice(shard.first_row, shard.first_row + shard.num_rows)
@@ -84,7 +148,7 @@ def _rank_input(batch: Batch, topology: Topology) -> RankInput:
     )
 
 
-def _shard(batch: Batch | PairBatch, topology: Topology) -> SequenceShard:
+def _shard(batch: Batch | PairBatch | ExampleBatch, topology: Topology) -> SequenceShard:
     segments = batch.segment_ids if isinstance(batch, Batch) else None
     return SequenceShard(
         group=topology.context_group,

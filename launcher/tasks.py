@@ -6,18 +6,13 @@ The trainer, the worker and the checkpoints know a task by these few methods, an
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from typing import Any, Protocol
 
 from torch import nn
 
 from haloformer.configs.schema import CharLmConfig, LedConfig, ModelConfig, TrainConfig
 from haloformer.data_pipeline.batch import Batch
-from haloformer.data_pipeline.blend import training_corpora
-from haloformer.data_pipeline.index import ShardIndex
 from haloformer.data_pipeline.pairs import PairBatch
-from haloformer.data_pipeline.prefetch import Prefetcher, TrainSource
 from haloformer.data_pipeline.seq2seq import PairEvalStream, PairTrainStream
 from haloformer.data_pipeline.stream import (
     CausalEvalStream,
@@ -25,87 +20,21 @@ from haloformer.data_pipeline.stream import (
     EvalStream,
     TrainStream,
 )
+from haloformer.launcher.example_tasks import (
+    ChoicesTask,
+    ClassificationTask,
+    CoreferenceTask,
+    QuestionsTask,
+)
 from haloformer.launcher.feeding import PairInput, RankInput, micro_batches, pair_micro_batches
+from haloformer.launcher.task_base import AnyBatch, HeldOutSource, Task
 from haloformer.launcher.throughput import forward_flops_per_token, training_flops_per_token
 from haloformer.launcher.topology import Topology
 from haloformer.model.char_lm import CharLm
 from haloformer.model.led import LedForConditionalGeneration
-from haloformer.model.longformer import IGNORED_LABEL, LongformerForMaskedLM
+from haloformer.model.longformer import LongformerForMaskedLM
 
-AnyBatch = Batch | PairBatch
-
-
-class HeldOutSource(Protocol):
-    """Held-out batches, the same at every pass."""
-
-    @property
-    def index(self) -> ShardIndex:
-        """What is known about the data set."""
-
-    def __iter__(self) -> Iterator[AnyBatch]:
-        """One pass."""
-
-
-class Task(ABC):
-    """How one kind of model is built, fed and measured."""
-
-    train_stream: type[TrainStream] | type[PairTrainStream]
-    held_out_stream: type[EvalStream] | type[PairEvalStream]
-
-    @abstractmethod
-    def build_model(self, config: TrainConfig, vocab_size: int, topology: Topology) -> nn.Module:
-        """The model with fresh weights, from torch's generator."""
-
-    def open_streams(
-        self, config: TrainConfig, topology: Topology
-    ) -> tuple[TrainSource[AnyBatch], HeldOutSource]:
-        """The training and held-out streams of this rank's data-parallel share.
-
-        The caller closes the training stream, which may have threads.
-        """
-        data, layout, global_batch = config.data, topology.layout, config.batch.global_batch
-        train: TrainSource[AnyBatch] = self.train_stream(
-            training_corpora(data),
-            data,
-            seed=config.seed,
-            global_batch=global_batch,
-            data_rank=topology.data_rank,
-            data_world=layout.data,
-            pad_multiple=layout.context,
-        )
-        held_out = self.held_out_stream(
-            data.eval,
-            data,
-            global_batch=global_batch,
-            data_rank=topology.data_rank,
-            data_world=layout.data,
-            pad_multiple=layout.context,
-            num_batches=config.eval.batches,
-            tokenizer_sha256=train.facts.tokenizer_sha256,
-        )
-        return train if data.prefetch == 0 else Prefetcher(train, data.prefetch), held_out
-
-    @abstractmethod
-    def micro_batches(
-        self, batch: Any, micro_batch: int, topology: Topology
-    ) -> Iterator[RankInput | PairInput]:
-        """What the model is called with, micro-batch by micro-batch; dropout follows it."""
-
-    def num_targets(self, batch: Any) -> int:
-        """What the loss of a global batch is a mean over: this data-parallel rank's part of it."""
-        return int((batch.labels != IGNORED_LABEL).sum())
-
-    def counts(self, batch: Any) -> dict[str, int]:
-        """What is counted over the global batch and shown with each step."""
-        return {}
-
-    def rates(self, loss: float, characters_per_token: float) -> dict[str, float]:
-        """The loss, nats per target token, in other units."""
-        return {}
-
-    def flops_per_token(self, config: TrainConfig, vocab_size: int) -> float | None:
-        """Forward and backward, per token read; None where tokens differ in what they cost."""
-        return None
+__all__ = ["AnyBatch", "HeldOutSource", "Task", "task_of"]
 
 
 class DocumentTask(Task):
@@ -127,7 +56,9 @@ class MaskedLmTask(DocumentTask):
 
     train_stream, held_out_stream = TrainStream, EvalStream
 
-    def build_model(self, config: TrainConfig, vocab_size: int, topology: Topology) -> nn.Module:
+    def build_model(
+        self, config: TrainConfig, vocab_size: int, topology: Topology, num_labels: int = 0
+    ) -> nn.Module:
         """Longformer with its MLM head."""
         assert isinstance(config.model, ModelConfig)
         return LongformerForMaskedLM(config.model, vocab_size, topology.tensor_group)
@@ -149,7 +80,9 @@ class CharLmTask(DocumentTask):
 
     train_stream, held_out_stream = CausalTrainStream, CausalEvalStream
 
-    def build_model(self, config: TrainConfig, vocab_size: int, topology: Topology) -> nn.Module:
+    def build_model(
+        self, config: TrainConfig, vocab_size: int, topology: Topology, num_labels: int = 0
+    ) -> nn.Module:
         """The causal model."""
         assert isinstance(config.model, CharLmConfig)
         return CharLm(config.model, vocab_size, topology.tensor_group)
@@ -164,7 +97,9 @@ class LedTask(Task):
 
     train_stream, held_out_stream = PairTrainStream, PairEvalStream
 
-    def build_model(self, config: TrainConfig, vocab_size: int, topology: Topology) -> nn.Module:
+    def build_model(
+        self, config: TrainConfig, vocab_size: int, topology: Topology, num_labels: int = 0
+    ) -> nn.Module:
         """Encoder, decoder and tied head."""
         assert isinstance(config.model, LedConfig)
         model = LedForConditionalGeneration(config.model, vocab_size, topology.tensor_group)
@@ -186,6 +121,10 @@ class LedTask(Task):
 
 _TASKS: dict[str, Task] = {
     "longformer_mlm": MaskedLmTask(),
+    "longformer_classifier": ClassificationTask(),
+    "longformer_qa": QuestionsTask(),
+    "longformer_choice": ChoicesTask(),
+    "longformer_coref": CoreferenceTask(),
     "led": LedTask(),
     "char_lm": CharLmTask(),
 }
