@@ -28,22 +28,50 @@ def load_config(recipe: str | Path, overrides: Sequence[str] = ()) -> TrainConfi
     """Read a recipe and apply ``section.key=value`` overrides.
 
     Args:
-        recipe: Path of a YAML file, or the bare name of a recipe that ships with haloformer.
+        recipe: Path of a YAML file, or the bare name of a recipe that ships with haloformer. Its
+            key ``base`` names another recipe, by a bare name or a path from this file, whose values
+            hold where this one says nothing.
         overrides: Such as ``optim.learning_rate=1e-4``; values are YAML.
 
     Raises:
         ConfigError: Naming the file and every fault in it.
     """
     path = find_recipe(recipe)
+    raw = _read(path, ())
+    for override in overrides:
+        _apply_override(raw, override)
+    return parse_config(raw, str(path))
+
+
+def _read(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
+    """A recipe laid over its base; ``above`` are the recipes that it is the base of."""
+    if path.resolve() in above:
+        raise ConfigError(f"{path}: a recipe cannot be its own base; remove the key base")
     try:
         raw = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not readable as YAML: {_one_line(error)}") from error
     if not isinstance(raw, dict):
         raise ConfigError(f"{path}: a recipe is a mapping of sections, not {type(raw).__name__}")
-    for override in overrides:
-        _apply_override(raw, override)
-    return parse_config(raw, str(path))
+    base = raw.pop("base", None)
+    if base is None:
+        return raw
+    if not isinstance(base, str):
+        raise ConfigError(f"{path}: base {base!r} is no name of a recipe")
+    beside = path.parent / base
+    found = beside if beside.is_file() else find_recipe(base)
+    return _laid_over(_read(found, (*above, path.resolve())), raw)
+
+
+def _laid_over(base: dict[str, Any], raw: dict[str, Any]) -> dict[str, Any]:
+    """Sections are merged key by key; a value or a list replaces the base's."""
+    merged = dict(base)
+    for key, value in raw.items():
+        below = merged.get(key)
+        if isinstance(below, dict) and isinstance(value, dict):
+            value = _laid_over(below, value)
+        merged[key] = value
+    return merged
 
 
 def parse_config(raw: dict[str, Any], origin: str) -> TrainConfig:
