@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from haloformer.configs.schema import DataConfig
+from haloformer.data_pipeline.annotated import Annotated, Span, token_spans
 from haloformer.data_pipeline.shards import DatasetWriter
 from haloformer.data_pipeline.tokenizers import ByteTokenizer, Tokenizer
 
@@ -64,6 +65,43 @@ def make_pairs(tmp_path: Path) -> MakeDataset:
             for n in range(num_pairs):
                 texts = chr(97 + n % 26) * (5 * n + 1), str(n % 10) * (n + 1)
                 writer.add_pair(texts, *(tokenizer.encode(text) for text in texts), f"pair {n}")
+            writer.close()
+        return folder
+
+    return make
+
+
+def annotated(content: str, n: int) -> Annotated:
+    """Example number n of a kind, longer with n; texts of letters, "ab" is an answer or mention."""
+    text = f"{chr(97 + n % 26)}ab " * (n + 1)
+    spans = tuple(Span(at, at + 2, at // 4 % 2) for at in range(1, len(text), 4))
+    if content == "classification":
+        return Annotated((text,), {"id": f"e{n}", "label": ("neg", "pos")[n % 2]})
+    if content == "questions":
+        once = tuple(span._replace(group=0) for span in spans)
+        return Annotated(("who? " * (n % 3 + 1), text), {"id": f"e{n}", "answers": ["ab"]}, once)
+    if content == "choices":
+        candidates = [f"c{i}" for i in range(n % 3 + 2)]
+        note = {"id": f"e{n}", "label": n % 2, "num_candidates": len(candidates)}
+        return Annotated(("query", *candidates, text, "second document"), note)
+    return Annotated((text,), {"id": f"e{n}"}, spans)
+
+
+@pytest.fixture
+def make_examples(tmp_path: Path) -> MakeDataset:
+    """Write annotated examples of a kind, in several shards."""
+
+    def make(content: str, num_examples: int, *, tokenizer: Tokenizer | None = None) -> Path:
+        used = ByteTokenizer() if tokenizer is None else tokenizer
+        folder = tmp_path / content
+        folder.mkdir()
+        labels = ("neg", "pos") if content == "classification" else ()
+        with DatasetWriter(folder, used, 120, content, labels) as writer:  # type: ignore[arg-type]
+            for n in range(num_examples):
+                example = annotated(content, n)
+                segments = [used.encode(text) for text in example.segments]
+                spans = token_spans(example.segments[-1], segments[-1], used, example.spans)
+                writer.add_example(example, segments, spans, f"example {n}")
             writer.close()
         return folder
 
