@@ -21,6 +21,16 @@ from haloformer.configs.models import (
     QuestionsConfig,
 )
 from haloformer.configs.schema import TrainConfig
+from haloformer.data_pipeline.example_stream import (
+    ChoicesEvalStream,
+    ChoicesTrainStream,
+    ClassificationEvalStream,
+    ClassificationTrainStream,
+    CoreferenceEvalStream,
+    CoreferenceTrainStream,
+    QuestionsEvalStream,
+    QuestionsTrainStream,
+)
 from haloformer.data_pipeline.examples import ExampleBatch
 from haloformer.launcher.feeding import (
     ChoiceInput,
@@ -53,6 +63,8 @@ class ExampleTask(Task):
 class ClassificationTask(ExampleTask):
     """One label per document."""
 
+    train_stream, held_out_stream = ClassificationTrainStream, ClassificationEvalStream
+
     def build_model(
         self, config: TrainConfig, vocab_size: int, topology: Topology, num_labels: int = 0
     ) -> nn.Module:
@@ -65,6 +77,8 @@ class ClassificationTask(ExampleTask):
 
 class QuestionsTask(ExampleTask):
     """The answer to a question, somewhere in the text."""
+
+    train_stream, held_out_stream = QuestionsTrainStream, QuestionsEvalStream
 
     def build_model(
         self, config: TrainConfig, vocab_size: int, topology: Topology, num_labels: int = 0
@@ -80,6 +94,8 @@ class QuestionsTask(ExampleTask):
 
 class ChoicesTask(ExampleTask):
     """One of the candidates that stand in the text."""
+
+    train_stream, held_out_stream = ChoicesTrainStream, ChoicesEvalStream
 
     def build_model(
         self, config: TrainConfig, vocab_size: int, topology: Topology, num_labels: int = 0
@@ -97,6 +113,8 @@ class ChoicesTask(ExampleTask):
 
 class CoreferenceTask(ExampleTask):
     """Which spans of a document name the same thing."""
+
+    train_stream, held_out_stream = CoreferenceTrainStream, CoreferenceEvalStream
 
     def build_model(
         self, config: TrainConfig, vocab_size: int, topology: Topology, num_labels: int = 0

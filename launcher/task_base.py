@@ -11,6 +11,7 @@ from torch import nn
 from haloformer.configs.schema import TrainConfig
 from haloformer.data_pipeline.batch import Batch
 from haloformer.data_pipeline.blend import training_corpora
+from haloformer.data_pipeline.example_stream import ExampleEvalStream, ExampleTrainStream
 from haloformer.data_pipeline.examples import ExampleBatch
 from haloformer.data_pipeline.index import ShardIndex
 from haloformer.data_pipeline.pairs import PairBatch
@@ -43,8 +44,8 @@ class HeldOutSource(Protocol):
 class Task(ABC):
     """How one kind of model is built, fed and measured."""
 
-    train_stream: type[TrainStream] | type[PairTrainStream]
-    held_out_stream: type[EvalStream] | type[PairEvalStream]
+    train_stream: type[TrainStream] | type[PairTrainStream] | type[ExampleTrainStream]
+    held_out_stream: type[EvalStream] | type[PairEvalStream] | type[ExampleEvalStream]
 
     @abstractmethod
     def build_model(
