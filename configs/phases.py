@@ -24,7 +24,7 @@ Schedule = Literal["constant", "linear", "polynomial"]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 
 # A key of a phase, and the section of the recipe whose key of that name it replaces.
-_SECTIONS = {
+SECTIONS = {
     "seq_len": "data",
     "attention_window": "model",
     "dilation": "model",
@@ -58,14 +58,14 @@ class PhaseConfig(Section):
 
     def own(self) -> dict[str, Any]:
         """The keys that replace something in the recipe, with their values."""
-        keys = {key: getattr(self, key) for key in _SECTIONS}
+        keys = {key: getattr(self, key) for key in SECTIONS}
         return {key: value for key, value in keys.items() if value is not None}
 
     def laid_over(self, recipe: dict[str, Any]) -> dict[str, Any]:
         """A recipe, as a mapping, that is this phase alone: without phases, with its steps."""
         whole = {**recipe, "phases": (), "steps": self.steps}
         for key, value in self.own().items():
-            section = _SECTIONS[key]
+            section = SECTIONS[key]
             whole[section] = {**whole[section], key: value}
         return whole
 
@@ -75,7 +75,7 @@ class PhaseConfig(Section):
         ``data.seq_len 99 is ...`` becomes ``phases[2].seq_len 99 is ...`` if the phase sets it.
         """
         for key in self.own():
-            named = rf"(?<![\w.\]])(?:{_SECTIONS[key]}\.)?{key}\b"
+            named = rf"(?<![\w.\]])(?:{SECTIONS[key]}\.)?{key}\b"
             fault = re.sub(named, f"phases[{number}].{key}", fault)
         return fault
 

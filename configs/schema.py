@@ -25,6 +25,7 @@ from haloformer.configs.models import (
     Section,
 )
 from haloformer.configs.phases import (
+    SECTIONS,
     EndLearningRate,
     LearningRate,
     Name,
@@ -278,6 +279,15 @@ class Phase:
     name: str
     first_step: int
     config: TrainConfig
+
+    def settings(self) -> dict[str, Any]:
+        """What a phase may set, as it is in this one, by the keys of a recipe."""
+        recipe = self.config.model_dump(mode="json")
+        return {"steps": self.config.steps} | {
+            f"{section}.{key}": recipe[section][key]
+            for key, section in SECTIONS.items()
+            if key in recipe[section]  # an LED has no dilation
+        }
 
     @property
     def end_step(self) -> int:

@@ -113,6 +113,23 @@ def backward(engine: Engine, loss: Tensor) -> None:
     engine.backward(loss, scale_wrt_gas=False)
 
 
+def set_batch(engine: Engine, config: TrainConfig, topology: Topology) -> None:
+    """Train on another global batch or micro-batch from the next step on.
+
+    Args:
+        engine: From ``build_engine``, between two optimizer steps.
+        config: Recipe; its ``batch`` is read.
+        topology: Of the engine.
+    """
+    steps = accumulation_steps(config, topology.layout.data)
+    micro = config.batch.micro_batch
+    engine.set_train_micro_batch_size(micro)
+    engine.set_train_batch_size(micro * steps * engine.dp_world_size)
+    # DeepSpeed steps the optimizer whenever this count is a multiple of the accumulation steps,
+    # so it has to stand as if all steps so far had been of the new kind.
+    engine.micro_steps = engine.global_steps * steps
+
+
 def set_learning_rate(engine: Engine, learning_rate: float) -> None:
     """Set the rate of the coming step, in every parameter group."""
     for group in engine.optimizer.param_groups:

@@ -15,8 +15,8 @@ def learning_rate(step: int, total_steps: int, config: OptimConfig) -> float:
     Longformer paper's continued pretraining uses power 3, section 5).
 
     Args:
-        step: Index of the step, from 0.
-        total_steps: Steps of the whole run.
+        step: Index of the step, from 0, within the phase.
+        total_steps: Steps of the phase; without phases, of the whole run.
         config: Peak, end, shape.
     """
     peak, end = config.learning_rate, config.end_learning_rate

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections import defaultdict
 from dataclasses import replace
 from itertools import takewhile
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, RunTag
@@ -14,6 +16,7 @@ from mlflow.exceptions import MlflowException
 
 from haloformer.launcher import tracking
 from haloformer.launcher.artifacts import ArtifactFolder, may_pass
+from haloformer.launcher.children import Children
 from haloformer.launcher.known_runs import create_run, read_known
 from haloformer.launcher.spool import Record, Spool
 
@@ -41,6 +44,7 @@ class Sender:
         self._client: MlflowClient | None = None
         self._run_id = ""
         self._artifacts: ArtifactFolder | None = None
+        self._children: Children | None = None
 
     def send_next(self) -> int:
         """Deliver the next few records; how many, 0 when all are delivered.
@@ -94,17 +98,30 @@ class Sender:
         return client
 
     def _send_metrics(self, client: MlflowClient, batch: list[Record]) -> None:
-        metrics = [
-            Metric(key, value, record.content["time"], record.content["step"])
-            for record in batch
-            for key, value in record.content["metrics"].items()
-        ]
-        for start in range(0, len(metrics), _METRICS_AT_A_TIME):
-            client.log_batch(self._run_id, metrics=metrics[start : start + _METRICS_AT_A_TIME])
+        """All to the run, and those of a phase to its child."""
+        targets: dict[str, list[Metric]] = defaultdict(list)
+        for record in batch:
+            content = record.content
+            metrics = [
+                Metric(key, value, content["time"], content["step"])
+                for key, value in content["metrics"].items()
+            ]
+            targets[self._run_id] += metrics
+            if "phase" in content:
+                child = self._children_of(client).id_of(content["phase"])
+                if child is not None:
+                    targets[child] += metrics
+        for run_id, metrics in targets.items():
+            for start in range(0, len(metrics), _METRICS_AT_A_TIME):
+                client.log_batch(run_id, metrics=metrics[start : start + _METRICS_AT_A_TIME])
 
     def _send_other(self, client: MlflowClient, record: Record) -> None:
         content = record.content
-        if "params" in content:
+        if "name" in content:
+            self._children_of(client).begin(
+                content["phase"], content["name"], content["time"], content["params"]
+            )
+        elif "params" in content:
             params = [Param(key, value) for key, value in content["params"].items()]
             for start in range(0, len(params), _PARAMS_AT_A_TIME):
                 client.log_batch(self._run_id, params=params[start : start + _PARAMS_AT_A_TIME])
@@ -113,10 +130,27 @@ class Sender:
             client.log_batch(self._run_id, tags=tags)
         elif "artifact" in content:
             self._send_artifact(client, content["artifact"], content["folder"])
-        elif content["status"] == "RUNNING":
-            client.update_run(self._run_id, status="RUNNING")
         else:
-            client.set_terminated(self._run_id, content["status"], end_time=content["time"])
+            self._send_status(client, content)
+
+    def _send_status(self, client: MlflowClient, content: dict[str, Any]) -> None:
+        run_id: str | None = self._run_id
+        status, ended = content["status"], content["time"]
+        if "phase" in content:
+            run_id = self._children_of(client).id_of(content["phase"])
+        if run_id is None:
+            return
+        if status == "RUNNING":
+            client.update_run(run_id, status="RUNNING")
+            return
+        client.set_terminated(run_id, status, end_time=ended)
+        if "phase" not in content:
+            self._children_of(client).end(status, ended)
+
+    def _children_of(self, client: MlflowClient) -> Children:
+        if self._children is None:
+            self._children = Children(client, self._run_id)
+        return self._children
 
     def _send_artifact(self, client: MlflowClient, name: str, folder: str) -> None:
         path = self._spool.folder / name

@@ -32,6 +32,8 @@ class Record(NamedTuple):
     Attributes:
         content: ``time`` (ms), and one of ``metrics`` with ``step``, ``params``, ``tags``,
             ``status``, or ``artifact`` (a file of the run's folder) with ``folder`` (its place).
+            With ``phase``, a number, metrics are of that phase as well, and a status is its own;
+            with ``name`` and ``params`` it begins.
         end: Offset behind the line.
     """
 
@@ -51,9 +53,9 @@ class Spool:
         self._file, self._sent = folder / "spool.jsonl", folder / "spool.sent"
         self._adding = threading.Lock()
 
-    def add_metrics(self, step: int, values: dict[str, float]) -> None:
-        """Metrics of one step."""
-        self._add({"step": step, "metrics": values})
+    def add_metrics(self, step: int, values: dict[str, float], phase: int | None = None) -> None:
+        """Metrics of one step, of a phase if the run has several."""
+        self._add({"step": step, "metrics": values}, phase)
 
     def add_params(self, values: dict[str, str]) -> None:
         """Parameters, which never change."""
@@ -63,13 +65,30 @@ class Spool:
         """Tags."""
         self._add({"tags": values})
 
-    def add_status(self, status: Status) -> None:
-        """What the run is doing, or how it ended."""
-        self._add({"status": status})
+    def add_status(self, status: Status, phase: int | None = None) -> None:
+        """What the run, or one of its phases, is doing, or how it ended."""
+        self._add({"status": status}, phase)
+
+    def add_phase(self, phase: int, name: str, params: dict[str, str]) -> None:
+        """The beginning of a phase, once."""
+        self._add({"name": name, "params": params}, phase)
 
     def add_artifact(self, path: Path, folder: str = ".") -> None:
         """A file in the run's folder, to be put into a folder of the artifacts."""
         self._add({"artifact": str(path.relative_to(self.folder)), "folder": folder})
+
+    def phase_states(self) -> dict[int, Status]:
+        """What was told of the phases that have begun: when the run ends, those that go on do."""
+        states: dict[int, Status] = {}
+        for content in self._all():
+            phase, status = content.get("phase"), content.get("status")
+            if phase is not None and "name" in content:
+                states[phase] = "RUNNING"
+            elif phase is not None and status is not None:
+                states[phase] = status
+            elif status not in (None, "RUNNING"):
+                states |= {n: status for n, state in states.items() if state == "RUNNING"}
+        return states
 
     def pending(self, limit: int) -> list[Record]:
         """The oldest records that are not marked as sent."""
@@ -98,12 +117,9 @@ class Spool:
     def metrics_after(self, step: int) -> dict[int, dict[str, float]]:
         """Metrics of later steps by step, sent or not: what a run that goes on has told before."""
         told: dict[int, dict[str, float]] = {}
-        if self._file.exists():
-            with self._file.open("rb") as file:
-                for line in file:
-                    content = _parse(line)
-                    if content is not None and content.get("step", step) > step:
-                        told.setdefault(content["step"], {}).update(content["metrics"])
+        for content in self._all():
+            if content.get("step", step) > step:
+                told.setdefault(content["step"], {}).update(content["metrics"])
         return told
 
     @contextlib.contextmanager
@@ -120,8 +136,15 @@ class Spool:
         finally:
             os.close(descriptor)
 
-    def _add(self, content: dict[str, Any]) -> None:
-        line = json.dumps({"time": int(time.time() * 1000), **content}) + "\n"
+    def _all(self) -> Iterator[dict[str, Any]]:
+        """Every record, sent or not."""
+        if self._file.exists():
+            with self._file.open("rb") as file:
+                yield from filter(None, map(_parse, file))
+
+    def _add(self, content: dict[str, Any], phase: int | None = None) -> None:
+        of_phase = {} if phase is None else {"phase": phase}
+        line = json.dumps({"time": int(time.time() * 1000), **of_phase, **content}) + "\n"
         with self._adding:
             descriptor = os.open(self._file, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
             try:

@@ -22,6 +22,7 @@ from haloformer.configs.schema import TrackingConfig
 from haloformer.launcher.artifacts import may_pass
 
 RECIPE_TAG = "haloformer.recipe"
+PHASE_TAG = "haloformer.phase"
 # MLflow refuses longer parameter values.
 PARAM_LIMIT = 6000
 
@@ -131,7 +132,7 @@ def find_run(client: MlflowClient, run_id: str) -> Run:
 
 
 def runs_newest_first(client: MlflowClient, experiment: str, recipe: str | None) -> Iterator[Run]:
-    """Runs of an experiment, of one recipe or of all, newest first."""
+    """Runs of an experiment, of one recipe or of all, newest first; no phases of runs."""
     found = client.get_experiment_by_name(experiment)
     if found is None:
         return
@@ -141,7 +142,7 @@ def runs_newest_first(client: MlflowClient, experiment: str, recipe: str | None)
         page = client.search_runs(
             [found.experiment_id], wanted, order_by=["start_time DESC"], page_token=token
         )
-        yield from page
+        yield from (run for run in page if PHASE_TAG not in run.data.tags)
         token = page.token
         if not token:
             return

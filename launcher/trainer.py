@@ -11,7 +11,6 @@ import torch
 import torch.distributed as dist
 
 from haloformer.configs.schema import TrainConfig
-from haloformer.data_pipeline.prefetch import TrainSource
 from haloformer.launcher.checkpoint import CheckpointStore
 from haloformer.launcher.engine import (
     Engine,
@@ -21,6 +20,7 @@ from haloformer.launcher.engine import (
     set_learning_rate,
 )
 from haloformer.launcher.exchange import gather_json
+from haloformer.launcher.phases import OpenPhase, enter_phase, open_phase
 from haloformer.launcher.progress import StepProgress
 from haloformer.launcher.pulse import Pulse
 from haloformer.launcher.run_dir import RunDir
@@ -77,22 +77,23 @@ class Agreed(NamedTuple):
 class Trainer:
     """One rank of a run.
 
-    Rank 0 also keeps the records: ``tracker`` and ``progress`` are None elsewhere.
+    ``opened`` is the phase of the first step; the next ones are opened as they come. Rank 0 also
+    keeps the records: ``tracker`` and ``progress`` are None elsewhere.
     """
 
     config: TrainConfig
     topology: Topology
     engine: Engine
     task: Task
-    train: TrainSource[AnyBatch]
-    held_out: HeldOutSource
+    opened: OpenPhase
     store: CheckpointStore
     run_dir: RunDir
     tracker: Tracker | None
     progress: StepProgress | None
     stop: StopRequest
     pulse: Pulse
-    speed: Speed
+    peak_flops: float
+    _skipped_before: int = 0
 
     def run(self, first_step: int) -> str:
         """Train from ``first_step`` to the end, or until asked to stop.
@@ -101,15 +102,21 @@ class Trainer:
             "finished", or "stopped" after a SIGTERM, with a checkpoint written either way.
         """
         config, saved = self.config, first_step
+        self._begin_phase()
         if first_step == 0:
             self._evaluate(0)
         for step in range(first_step, config.steps):
+            if step == self.opened.phase.end_step:
+                self._next_phase(step)
             stopping = self._train_step(step)
             done = step + 1
             self.pulse.at_step(done)
-            last = done == config.steps
-            if last or (config.eval.every is not None and done % config.eval.every == 0):
+            phase_ends = done == self.opened.phase.end_step
+            if phase_ends or (config.eval.every is not None and done % config.eval.every == 0):
                 self._evaluate(done)
+            if phase_ends and self.tracker is not None:
+                self.tracker.end_phase(self.opened.phase)
+            last = done == config.steps
             ends = last or stopping
             if ends or done % config.checkpoint.every == 0:
                 self._save(done, ends)
@@ -119,15 +126,39 @@ class Trainer:
                 return self._end("stopped", saved)
         return self._end("finished", config.steps)
 
+    def close(self) -> None:
+        """Let go of the streams of the phase that is open."""
+        self.opened.close()
+
+    def _next_phase(self, step: int) -> None:
+        self._skipped_before += self.opened.train.num_skipped
+        self.opened.close()
+        self.opened = open_phase(self.task, self.config.phase_at(step), self.topology)
+        enter_phase(self.engine, self.opened.phase, self.topology)
+        self._begin_phase()
+
+    def _begin_phase(self) -> None:
+        """Say which phase this is, in a run that has several."""
+        if not self.config.phases or self.tracker is None or self.progress is None:
+            return
+        phase = self.opened.phase
+        self.tracker.begin_phase(phase)
+        self.progress.say(
+            f"phase {phase.number} ({phase.name}): steps {phase.first_step + 1} to "
+            f"{phase.end_step}, {phase.config.batch.global_batch} x "
+            f"{phase.config.data.seq_len} tokens, window {phase.config.model.attention_window}"
+        )
+
     def _train_step(self, step: int) -> bool:
         """One optimizer step on one global batch; True when some rank was asked to stop."""
         start = time.perf_counter()
-        config, engine = self.config, self.engine
-        batch = self.train.next_batch()
+        phase, train, engine = self.opened.phase, self.opened.train, self.engine
+        config = phase.config
+        batch = train.next_batch()
         waited = time.perf_counter() - start
         agreed = self._agree_before(batch)
         num_targets = agreed.num_targets
-        rate = learning_rate(step, config.steps, config.optim)
+        rate = learning_rate(step - phase.first_step, config.steps, config.optim)
         set_learning_rate(engine, rate)
         engine.train()
         dropout = DropoutStep(config.seed, step)
@@ -141,13 +172,15 @@ class Trainer:
         loss = loss_sum.item() / max(num_targets, 1)
         values = {
             "loss": loss,
-            **self.task.rates(loss, self.train.facts.characters_per_token),
+            **self.task.rates(loss, train.facts.characters_per_token),
             "grad_norm": grad_norm(engine),
             "learning_rate": rate,
-            **self.speed.rates(agreed.num_tokens, time.perf_counter() - start),
+            **self._speed.rates(agreed.num_tokens, time.perf_counter() - start),
             "data_seconds": waited,  # of rank 0, for its batch; about 0 when prefetch keeps up
             **agreed.counts,
         }
+        if self.config.phases:
+            values |= {"phase": float(phase.number), "seq_len": float(config.data.seq_len)}
         self._record(step + 1, values)
         # DeepSpeed passes over a step whose gradient is not finite, without a word.
         norm = values["grad_norm"]
@@ -163,7 +196,8 @@ class Trainer:
         """Count the global batch, and ask whether any rank was asked to stop: one small sum."""
         counts = dict(self.task.counts(batch))
         if self.config.data.on_corrupt == "skip":
-            counts["num_skipped"] = self.train.num_skipped  # since this process started
+            # Since this process started.
+            counts["num_skipped"] = self._skipped_before + self.opened.train.num_skipped
         mine = [self.task.num_targets(batch), batch.num_tokens, *counts.values()]
         # Every context and tensor rank sees the same batch, so only the first one counts.
         mine = mine if self._counts else [0] * len(mine)
@@ -174,14 +208,19 @@ class Trainer:
         return Agreed(num_targets, num_tokens, stop_asked > 0, named)
 
     @property
+    def _speed(self) -> Speed:
+        return Speed(self.opened.flops_per_token, self.peak_flops)
+
+    @property
     def _counts(self) -> bool:
         return self.topology.context_rank == 0 and self.topology.tensor_rank == 0
 
     def _evaluate(self, step: int) -> None:
         """Held-out loss over the first ``eval.batches`` global batches, without dropout."""
-        loss, _ = evaluate(self.engine, self.task, self.held_out, self.config, self.topology)
+        held_out, config = self.opened.held_out, self.opened.phase.config
+        loss, _ = evaluate(self.engine, self.task, held_out, config, self.topology)
         if self.tracker is not None and self.progress is not None:
-            rates = self.task.rates(loss, self.held_out.index.characters_per_token)
+            rates = self.task.rates(loss, held_out.index.characters_per_token)
             values = {"eval_loss": loss, **{f"eval_{key}": v for key, v in rates.items()}}
             self.tracker.log(step, values)
             self.run_dir.append_metrics({"step": step, **values})
@@ -221,11 +260,11 @@ class Trainer:
 
     def _state(self) -> dict[str, Any]:
         """All that a run needs to go on besides weights and moments: seed and data cursors."""
-        mine = self.train.state_dict() if self._counts else {}
+        mine = self.opened.train.state_dict() if self._counts else {}
         cursors: dict[str, Any] = {}
         for part in gather_json(mine, self.topology.data_context_group, self.topology.device):
             cursors.update(part)
-        return {"identity": self.train.identity(), "data": cursors}
+        return self.opened.state(cursors)
 
     def _end(self, state: str, step: int) -> str:
         if self.tracker is not None:

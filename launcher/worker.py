@@ -17,20 +17,20 @@ import torch
 import torch.distributed as dist
 
 from haloformer.configs.load import check_world
-from haloformer.data_pipeline.prefetch import TrainSource
 from haloformer.launcher import throughput
 from haloformer.launcher.artifacts import ArtifactFolder
 from haloformer.launcher.checkpoint import CheckpointStore
 from haloformer.launcher.commit import CheckpointError
 from haloformer.launcher.engine import build_engine
+from haloformer.launcher.phases import open_phase
 from haloformer.launcher.progress import StepProgress
 from haloformer.launcher.pulse import Pulse
 from haloformer.launcher.run_dir import RunDir
 from haloformer.launcher.runtime import init_distributed
-from haloformer.launcher.tasks import AnyBatch, task_of
+from haloformer.launcher.tasks import task_of
 from haloformer.launcher.topology import Layout, Topology, build_topology
 from haloformer.launcher.tracker import Tracker
-from haloformer.launcher.trainer import Speed, StopRequest, Trainer
+from haloformer.launcher.trainer import StopRequest, Trainer
 
 
 def main() -> int:
@@ -81,58 +81,40 @@ def run(run_dir: RunDir, stop: StopRequest, pulse: Pulse) -> None:
         timeout,
     )
     first = topology.rank == 0
-    task = task_of(config)
-    train, held_out = task.open_streams(config, topology)
+    step = 0 if plan.resume_step is None else plan.resume_step
+    task, phase = task_of(config), config.phase_at(step)
+    opened = open_phase(task, phase, topology)
     torch.manual_seed(config.seed)  # the same weights on every rank and every layout
-    model = task.build_model(config, train.facts.vocab_size, topology)
-    engine = build_engine(model, config, topology)
+    model = task.build_model(phase.config, opened.train.facts.vocab_size, topology)
+    engine = build_engine(model, phase.config, topology)
     artifacts = ArtifactFolder(plan.artifact_uri, plan.tracking_uri)
     store = CheckpointStore(artifacts, plan.run_id, config, run_dir.staging, topology)
-    step = 0
     if plan.resume_step is not None:
-        state = store.load(engine, plan.resume_step)
-        check_identity(state["identity"], train)
-        train.load_state(state["data"])
-        step = plan.resume_step
+        opened.go_on(store.load(engine, plan.resume_step))
     if first:  # records of steps that are about to be trained again, or for the first time
         run_dir.cut_metrics(-1 if plan.resume_step is None else step)
+    phases = config.all_phases() if config.phases else ()
     trainer = Trainer(
         config=config,
         topology=topology,
         engine=engine,
         task=task,
-        train=train,
-        held_out=held_out,
+        opened=opened,
         store=store,
         run_dir=run_dir,
-        tracker=Tracker(run_dir.path, plan.resume_step) if first else None,
+        tracker=Tracker(run_dir.path, plan.resume_step, phases) if first else None,
         progress=StepProgress(config.steps, step, every=10) if first else None,
         stop=stop,
         pulse=pulse,
-        speed=_speed(task.flops_per_token(config, train.facts.vocab_size), topology),
+        peak_flops=_peak_flops(topology),
     )
     # Its thread would end with the process as well; here it ends before the groups go down.
-    with contextlib.closing(train), trainer.progress or contextlib.nullcontext():
+    with contextlib.closing(trainer), trainer.progress or contextlib.nullcontext():
         if trainer.progress is not None:
             trainer.progress.say(f"{dist.get_world_size()} ranks are up, training")
         trainer.run(step)
     dist.barrier()
     dist.destroy_process_group()
-
-
-def check_identity(saved: dict[str, str | int], train: TrainSource[AnyBatch]) -> None:
-    """Refuse to continue on data or a batch other than the checkpoint's.
-
-    Raises:
-        ValueError: Naming what differs.
-    """
-    now = train.identity()
-    changed = [key for key in sorted(now.keys() | saved.keys()) if saved.get(key) != now.get(key)]
-    if changed:
-        raise ValueError(
-            f"{train.facts.place}: {', '.join(changed)} changed since the checkpoint; resume "
-            "with the data and the batch of the run, or start a new run without --resume"
-        )
 
 
 def _lost_peer(error: Exception) -> str | None:
@@ -144,12 +126,13 @@ def _lost_peer(error: Exception) -> str | None:
     return None
 
 
-def _speed(flops_per_token: float | None, topology: Topology) -> Speed:
+def _peak_flops(topology: Topology) -> float:
+    """FLOP/s of all ranks together, 0.0 when unknown."""
     # All ranks measure at once, so that ranks that share cores see the share they will have.
     peak = torch.tensor([throughput.peak_flops(topology.device)], dtype=torch.float64)
     peak = peak.to(topology.device)
     dist.all_reduce(peak)
-    return Speed(flops_per_token, peak.item())
+    return peak.item()
 
 
 def _stop_on_signals(stop: StopRequest) -> None:
