@@ -89,7 +89,7 @@ def watch(file: Path, stop: int) -> None:
     train_step = Trainer._train_step
 
     def watched_step(trainer, step):
-        next_batch = trainer.train.next_batch
+        next_batch = trainer.opened.train.next_batch
 
         def noted_batch():
             batch = next_batch()
@@ -97,12 +97,12 @@ def watch(file: Path, stop: int) -> None:
                 note(file, step, batch)
             return batch
 
-        trainer.train.next_batch = noted_batch
+        trainer.opened.train.next_batch = noted_batch
         trainer.stop.asked = step + 1 == stop
         try:
             return train_step(trainer, step)
         finally:
-            trainer.train.next_batch = next_batch
+            trainer.opened.train.next_batch = next_batch
 
     Trainer._train_step = watched_step
 
