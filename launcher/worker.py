@@ -85,7 +85,8 @@ def run(run_dir: RunDir, stop: StopRequest, pulse: Pulse) -> None:
     task, phase = task_of(config), config.phase_at(step)
     opened = open_phase(task, phase, topology)
     torch.manual_seed(config.seed)  # the same weights on every rank and every layout
-    model = task.build_model(phase.config, opened.train.facts.vocab_size, topology)
+    facts = opened.train.facts
+    model = task.build_model(phase.config, facts.vocab_size, topology, len(facts.labels))
     engine = build_engine(model, phase.config, topology)
     artifacts = ArtifactFolder(plan.artifact_uri, plan.tracking_uri)
     store = CheckpointStore(artifacts, plan.run_id, config, run_dir.staging, topology)

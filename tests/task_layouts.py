@@ -1,7 +1,7 @@
-"""LED and the char LM trained on every layout by the trainer's own parts, on shards.
+"""Every model but the masked one trained on layouts by the trainer's own parts, on shards.
 
 ``walk`` runs in the ranks of ``dist.run_ranks``. Sources have 1 to 51 tokens and targets 1 to 19,
-so that some ranks hold padding only; some are cut.
+so that some ranks hold padding only; some are cut. Texts of examples are as long.
 """
 
 import os
@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 import torch.distributed
 
+from example_data import write_examples
 from haloformer.configs.schema import TrainConfig
 from haloformer.data_pipeline.shards import DatasetWriter
 from haloformer.data_pipeline.tokenizers import ByteTokenizer
@@ -27,7 +28,6 @@ from haloformer.launcher.tasks import task_of
 from haloformer.launcher.topology import Layout, build_topology, destroy_topology
 from haloformer.launcher.trainer import evaluate
 from haloformer.model.dropout_sites import DropoutStep
-from haloformer.model.longformer import IGNORED_LABEL
 
 GLOBAL_BATCH, STEPS, NUM_PAIRS = 4, 5, 11
 LED = {
@@ -63,6 +63,31 @@ CHAR_LM = {
     "initializer_range": 0.1,
 }
 
+ENCODER = {
+    "hidden_size": 16,
+    "num_layers": 2,
+    "num_heads": 4,
+    "ffn_size": 24,
+    "max_positions": 48,
+    "attention_window": [4, 20],
+    "hidden_dropout": 0.1,
+    "attention_dropout": 0.1,
+    "initializer_range": 0.1,
+}
+EXAMPLES = {
+    "longformer_classifier": "classification",
+    "longformer_qa": "questions",
+    "longformer_choice": "choices",
+    "longformer_coref": "coreference",
+}
+COREF = {"max_span_width": 3, "num_antecedents": 5}
+MODELS = {
+    "led": LED,
+    "char_lm": CHAR_LM,
+    **{kind: {"kind": kind, **ENCODER} for kind in EXAMPLES},
+    "longformer_coref": {"kind": "longformer_coref", **ENCODER, **COREF},
+}
+
 
 @dataclass(frozen=True)
 class Case:
@@ -90,6 +115,12 @@ CASES = [
     Case("led", 1, 2, 1, tensor=2),
     Case("char_lm", 1, 1, 1, tensor=2),
 ]
+EXAMPLE_CASES = [
+    *(Case(kind, d, c, stage) for kind in EXAMPLES for d, c, stage in [(1, 1, 1), (2, 1, 3)]),
+    *(Case(kind, 1, 2, 1) for kind in EXAMPLES),
+    *(Case(kind, 1, 1, 1, tensor=2) for kind in EXAMPLES),
+    Case("longformer_coref", 1, 2, 3),
+]
 
 
 def write_data(folder: Path) -> None:
@@ -108,6 +139,9 @@ def write_data(folder: Path) -> None:
                 else:
                     writer.add(texts[0], tokens[0], f"document {n}")
             writer.close()
+    for kind, content in EXAMPLES.items():
+        lengths = [1 + 5 * n for n in range(NUM_PAIRS)]
+        write_examples(folder / kind, content, lengths, shard_tokens=200)
 
 
 def config_of(case, folder):
@@ -120,7 +154,7 @@ def config_of(case, folder):
             "name": "layouts",
             "seed": 11,
             "steps": STEPS,
-            "model": {"led": LED, "char_lm": CHAR_LM}[case.kind],
+            "model": MODELS[case.kind],
             "data": data,
             "batch": {"global_batch": GLOBAL_BATCH, "micro_batch": 1},
             "optim": {"learning_rate": 1e-3, "clip_norm": 0.5},
@@ -144,12 +178,13 @@ def train(case, folder):
     task = task_of(config)
     stream, held_out = task.open_streams(config, topology)
     torch.manual_seed(config.seed)
-    model = task.build_model(config, stream.facts.vocab_size, topology)
+    facts = stream.facts
+    model = task.build_model(config, facts.vocab_size, topology, len(facts.labels))
     engine = build_engine(model, config, topology)
     history = []
     for step in range(STEPS):
         batch = stream.next_batch()
-        counted = torch.tensor(int((batch.labels != IGNORED_LABEL).sum()))
+        counted = torch.tensor(task.num_targets(batch))
         torch.distributed.all_reduce(counted, group=topology.data_group)
         set_learning_rate(engine, 1e-2 / (step + 1))
         engine.train()
