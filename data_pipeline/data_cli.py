@@ -13,7 +13,7 @@ from haloformer.data_pipeline.reader import verify
 from haloformer.data_pipeline.remote import RemoteFiles, split_address
 from haloformer.data_pipeline.retry import RetryPolicy
 
-_PARTS = ("train", "eval")
+_PARTS = ("train", "eval", "test")
 
 
 def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

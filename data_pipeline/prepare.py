@@ -1,6 +1,7 @@
 """Turns text into a data set of tar shards, in bounded memory, all or nothing.
 
     OUTPUT/train/  OUTPUT/eval/   two data sets, split by document
+    OUTPUT/test/                  of enwik8 a third, all split by bytes
     OUTPUT/prepare.json           what they were made of: the same request again is answered by it
 
 Everything is written into a hidden folder beside OUTPUT and renamed at the end, so OUTPUT is either
@@ -13,27 +14,32 @@ import fcntl
 import json
 import shutil
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
+from haloformer.data_pipeline.annotated import Annotated, token_spans
+from haloformer.data_pipeline.byte_parts import Part
 from haloformer.data_pipeline.errors import DataError
-from haloformer.data_pipeline.files import check_free_disk, fsync_folder, sha256_file, write_atomic
+from haloformer.data_pipeline.files import check_free_disk, fsync_folder, write_atomic
 from haloformer.data_pipeline.index import ShardIndex, load_index
+from haloformer.data_pipeline.records import LeftOut, Pair
+from haloformer.data_pipeline.request import RECORD_NAME, Inputs, is_made
 from haloformer.data_pipeline.shards import DatasetWriter
+from haloformer.data_pipeline.source_files import InputFile
 from haloformer.data_pipeline.sources import (
     Document,
-    InputFile,
     SourceFormat,
     content_of,
     find_inputs,
     iter_documents,
+    labels_of,
 )
 from haloformer.data_pipeline.tokenizers import ByteTokenizer, Tokenizer, load_bpe, train_bpe
 
-RECORD_NAME = "prepare.json"
 DEFAULT_SHARD_TOKENS = 1 << 24
 DEFAULT_HOLDOUT = 0.05
 _VERSION = 1  # of what prepare makes of the same input; part of the record
@@ -63,6 +69,8 @@ class Prepared:
     eval: ShardIndex | None
     reused: bool
     seconds: float
+    test: ShardIndex | None = None
+    left_out: dict[str, int] = field(default_factory=dict)  # records that are no sample, by why
 
 
 def prepare(
@@ -81,10 +89,11 @@ def prepare(
 
     Args:
         inputs: Files and folders.
-        source_format: See ``iter_documents``; ``pairs`` and ``mediawiki_lead`` make pairs.
+        source_format: See ``iter_documents``.
         tokenizer: ``byte``, ``train:N``, or a folder with vocab.json and merges.txt.
         output: The folder to make; if it was made by the same request it is used as it is.
-        holdout: Share of documents that go to ``eval``, evenly spread; 0 makes no ``eval``.
+        holdout: Share of documents that go to ``eval``, evenly spread; 0 makes no ``eval``. Of
+            ``enwik8`` the share of bytes for ``eval``, and again for ``test``.
         shard_tokens: Largest number of tokens per shard (a longer document gets its own).
         keep_markup: Leave wiki markup as it is.
         overwrite: Replace a data set made by another request.
@@ -100,7 +109,10 @@ def prepare(
     if shard_tokens < 1:
         raise DataError(f"shard_tokens {shard_tokens} is below 1")
     files = find_inputs(inputs, source_format)
+    labels = labels_of(files, source_format)
     ready = _ready_tokenizer(tokenizer)
+    if source_format == "enwik8" and (ready is None or ready.kind != "byte"):
+        raise DataError("enwik8 is bytes, not text", remedy="give --tokenizer byte")
     settings: dict[str, Any] = {
         "version": _VERSION,
         "format": source_format,
@@ -109,21 +121,24 @@ def prepare(
         "shard_tokens": shard_tokens,
         "keep_markup": keep_markup,
     }
-    found = _find_existing(output, settings, files, overwrite)
-    if found is not None:
-        return Prepared(output, *found, True, time.monotonic() - began)
+    inputs_now = Inputs(files, source_format)
+    if is_made(output, settings, inputs_now, overwrite):
+        return _open(output, True, began)
     check_free_disk(output, _estimate(files, "bpe" if ready is None else ready.kind))
-    job = _Job(files, source_format, keep_markup, holdout, progress)
+    job = _Job(files, source_format, keep_markup, holdout, progress, labels)
     with _staging(output) as folder:
         # Another prepare may have finished before we had the lock.
-        found = _find_existing(output, settings, files, overwrite)
-        if found is not None:
-            return Prepared(output, *found, True, time.monotonic() - began)
+        if is_made(output, settings, inputs_now, overwrite):
+            return _open(output, True, began)
         _write(folder, job, ready, tokenizer, shard_tokens)
-        record = {"settings": settings, "inputs": [_describe(file) for file in files]}
+        record = {
+            "settings": settings,
+            "inputs": inputs_now.describe(),
+            "left_out": dict(job.left_out),
+        }
         write_atomic(folder / RECORD_NAME, (json.dumps(record, indent=1) + "\n").encode())
         _publish(folder, output)
-    return Prepared(output, *_open(output), False, time.monotonic() - began)
+    return _open(output, False, began)
 
 
 def _ready_tokenizer(spec: str) -> Tokenizer | None:
@@ -144,30 +159,37 @@ def _ready_tokenizer(spec: str) -> Tokenizer | None:
 
 @dataclass(frozen=True, slots=True)
 class _Job:
-    """One input, readable as often as needed, with its split into train and eval."""
+    """One input, readable as often as needed, with its split into data sets."""
 
     files: Sequence[InputFile]
     source_format: SourceFormat
     keep_markup: bool
     holdout: float
     progress: Callable[[Progress], None] | None
+    labels: tuple[str, ...]
+    left_out: Counter[str] = field(default_factory=Counter)  # of the last reading
 
-    def documents(self) -> Iterator[tuple[Document, bool]]:
-        """Every document, and whether it is held out."""
-        documents = iter_documents(self.files, self.source_format, keep_markup=self.keep_markup)
-        for number, document in enumerate(documents):
+    def documents(self) -> Iterator[tuple[Document, Part]]:
+        """Every document, and the data set it is for."""
+        self.left_out.clear()
+        number = 0
+        for document in iter_documents(
+            self.files, self.source_format, keep_markup=self.keep_markup, holdout=self.holdout
+        ):
+            if isinstance(document.body, LeftOut):
+                self.left_out[document.body.why] += 1
+                continue
             # Held out where the rounded quota steps up: an exact share, evenly spread.
             quota = [int((number + n) * self.holdout + 0.5) for n in (0, 1)]
-            yield document, quota[1] > quota[0]
+            number += 1
+            yield document, document.part or ("eval" if quota[1] > quota[0] else "train")
 
     def training_texts(self) -> Iterator[str]:
         """Texts of the training part, for a tokenizer that has to be trained."""
-        for number, (document, held_out) in enumerate(self.documents(), 1):
+        for number, (document, part) in enumerate(self.documents(), 1):
             self.report("reading", document, number, 0)
-            if not held_out:
-                yield document.text
-                if document.target is not None:
-                    yield document.target
+            if part == "train":
+                yield from document.texts
 
     def report(self, phase: str, document: Document, num_documents: int, num_tokens: int) -> None:
         if self.progress is not None:
@@ -180,46 +202,59 @@ def _write(
 ) -> None:
     if tokenizer is None:
         tokenizer = train_bpe(job.training_texts(), int(spec.removeprefix("train:")))
+    content = content_of(job.source_format)
     with ExitStack() as stack:
-        writers = {}
-        for name in ("train", "eval"):
-            (folder / name).mkdir()
-            content = content_of(job.source_format)
-            writer = DatasetWriter(folder / name, tokenizer, shard_tokens, content)
-            writers[name] = stack.enter_context(writer)
-        train, held = writers["train"], writers["eval"]
-        for document, held_out in job.documents():
-            writer = held if held_out else train
+        writers: dict[Part, DatasetWriter] = {}
+        for part in get_args(Part):
+            (folder / part).mkdir()
+            writer = DatasetWriter(folder / part, tokenizer, shard_tokens, content, job.labels)
+            writers[part] = stack.enter_context(writer)
+        num_documents = num_tokens = 0
+        for document, part in job.documents():
+            writer = writers[part]
+            before = writer.num_tokens
             _write_document(writer, document, tokenizer)
-            num_documents = train.num_samples + held.num_samples
-            job.report("writing", document, num_documents, train.num_tokens + held.num_tokens)
-        num_documents = train.num_samples + held.num_samples
-        if not train.num_samples:
-            raise DataError(
-                f"the input holds {num_documents} documents with text, none of them for training",
-                file=job.files[0].path,
-                remedy="check --input and --format",
-            )
-        if job.holdout and not held.num_samples:
-            raise DataError(
-                f"a holdout of {job.holdout} of {num_documents} documents is no document",
-                file=job.files[0].path,
-                remedy="give --holdout 0 (no eval part) or a larger share",
-            )
-        train.close()
-        if held.num_samples:
-            held.close()
-        else:
-            (folder / "eval").rmdir()
+            num_documents, num_tokens = num_documents + 1, num_tokens + writer.num_tokens - before
+            job.report("writing", document, num_documents, num_tokens)
+        _check_parts(writers, job, num_documents)
+        for part, writer in writers.items():
+            if writer.num_samples:
+                writer.close()
+            else:
+                (folder / part).rmdir()
+
+
+def _check_parts(writers: dict[Part, DatasetWriter], job: _Job, num_documents: int) -> None:
+    if not writers["train"].num_samples:
+        reasons = "".join(f", {count} left out: {why}" for why, count in job.left_out.items())
+        raise DataError(
+            f"the input holds {num_documents} documents with text, none of them for training"
+            f"{reasons}",
+            file=job.files[0].path,
+            remedy="check --input and --format",
+        )
+    if job.holdout and not writers["eval"].num_samples:
+        raise DataError(
+            f"a holdout of {job.holdout} of {num_documents} documents is no document",
+            file=job.files[0].path,
+            remedy="give --holdout 0 (no eval part) or a larger share",
+        )
 
 
 def _write_document(writer: DatasetWriter, document: Document, tokenizer: Tokenizer) -> None:
-    text, target = document.text, document.target
-    if target is None:
-        writer.add(text, tokenizer.encode(text), document.origin)
-    else:
-        tokens = tokenizer.encode(text), tokenizer.encode(target)
-        writer.add_pair((text, target), *tokens, document.origin)
+    match document.body:
+        case str(text):
+            writer.add(text, tokenizer.encode(text), document.origin)
+        case bytes(content):
+            assert isinstance(tokenizer, ByteTokenizer), "checked with the request"
+            writer.add_bytes(content, tokenizer.encode_bytes(content), document.origin)
+        case Pair(source, target) as pair:
+            tokens = tokenizer.encode(source), tokenizer.encode(target)
+            writer.add_pair(pair, *tokens, document.origin)
+        case Annotated() as example:
+            segments = [tokenizer.encode(text) for text in example.segments]
+            spans = token_spans(example.segments[-1], segments[-1], tokenizer, example.spans)
+            writer.add_example(example, segments, spans, document.origin)
 
 
 def _estimate(files: Sequence[InputFile], kind: str) -> int:
@@ -227,65 +262,22 @@ def _estimate(files: Sequence[InputFile], kind: str) -> int:
     return int(text * _BYTES_PER_TEXT_BYTE[kind])
 
 
-def _describe(file: InputFile) -> dict[str, Any]:
-    return {
-        "name": file.name,
-        "size": file.size,
-        "mtime_ns": file.path.stat().st_mtime_ns,
-        "sha256": sha256_file(file.path),
+def _open(output: Path, reused: bool, began: float) -> Prepared:
+    parts = {
+        part: load_index(output / part) if (output / part).exists() else None
+        for part in get_args(Part)
     }
-
-
-def _find_existing(
-    output: Path, settings: dict[str, Any], files: Sequence[InputFile], overwrite: bool
-) -> tuple[ShardIndex, ShardIndex | None] | None:
-    """What the same request made before; None if there is nothing or it shall be replaced."""
-    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
-        return None
-    try:
-        record = json.loads((output / RECORD_NAME).read_bytes())
-        old_settings, old_inputs = dict(record["settings"]), list(record["inputs"])
-    except (OSError, ValueError, KeyError, TypeError) as fault:
-        raise DataError(
-            "it exists and was not made by prepare",
-            file=output,
-            remedy="choose another --output; it is never overwritten",
-        ) from fault
-    differing = [key for key, value in settings.items() if old_settings.get(key) != value]
-    if not _same_inputs(old_inputs, files):
-        differing.append("input")
-    if not differing:
-        return _open(output)
-    if overwrite:
-        return None
-    changes = ", ".join(
-        key if key == "input" else f"{key} {old_settings.get(key)} -> {settings[key]}"
-        for key in differing
+    assert parts["train"] is not None, "nothing is published without it"
+    left_out = json.loads((output / RECORD_NAME).read_bytes()).get("left_out", {})
+    return Prepared(
+        folder=output,
+        train=parts["train"],
+        eval=parts["eval"],
+        test=parts["test"],
+        reused=reused,
+        seconds=time.monotonic() - began,
+        left_out=left_out,
     )
-    raise DataError(
-        f"holds a data set of another request ({changes})",
-        file=output,
-        remedy="give --overwrite or another --output",
-    )
-
-
-def _same_inputs(old: list[dict[str, Any]], files: Sequence[InputFile]) -> bool:
-    if [entry.get("name") for entry in old] != [file.name for file in files]:
-        return False
-    # An untouched file need not be read again, one with a new date is compared by content.
-    return all(
-        entry["size"] == file.size
-        and (
-            entry["mtime_ns"] == file.path.stat().st_mtime_ns
-            or entry["sha256"] == sha256_file(file.path)
-        )
-        for entry, file in zip(old, files, strict=True)
-    )
-
-
-def _open(output: Path) -> tuple[ShardIndex, ShardIndex | None]:
-    held = output / "eval"
-    return load_index(output / "train"), load_index(held) if held.exists() else None
 
 
 @contextmanager

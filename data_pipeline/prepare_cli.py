@@ -30,9 +30,24 @@ EPILOG = """example:
       --output data/enwiki
   haloformer prepare --input papers.jsonl --format pairs --tokenizer train:8192 --output data/papers
   haloformer prepare --input books/ --format text --tokenizer byte --output data/books
+  haloformer prepare --input enwik8 --format enwik8 --tokenizer byte --output data/enwik8
+  haloformer prepare --input aclImdb/train --format imdb --tokenizer roberta-base --holdout 0 \\
+      --output data/imdb
 
 The same request again finds its result and returns at once. A file of --format text is one
-document; to train on a dump as it is, markup and all, give the .xml as text."""
+document; to train on a dump as it is, markup and all, give the .xml as text.
+
+Published data sets bring their own dev files: prepare each with --holdout 0 and the tokenizer of
+the training set, and let data.eval name the train folder of the dev file. Of these formats:
+  enwik8         one file of raw bytes, also text8; the last --holdout of it is DIR/test, the share
+                 before that DIR/eval (90 : 5 : 5); a document is 16 MiB
+  arxiv          JSON lines of Cohan et al. 2018 (arXiv, PubMed): papers and their abstracts
+  imdb           a folder with neg/ and pos/
+  hyperpartisan  articles-*.xml of SemEval-2019 task 4, ground-truth-*.xml beside it
+  triviaqa       qa/*.json of triviaqa-rc, the folder evidence/ beside qa/
+  hotpotqa       hotpot_*.json; "yes no" stands before the paragraphs, so that they can be answers
+  wikihop        train.json or dev.json of QAngaroo
+  conll2012      *_gold_conll files, or a folder of them"""
 _LINE_EVERY_S = 5.0
 
 
@@ -56,7 +71,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--format", choices=FORMATS, required=True,
         help="text: one document per file; jsonl: key `text`; mediawiki: XML dump, articles only; "
         "pairs: JSONL, keys `source` and `target`; mediawiki_lead: pairs of an article's sections "
-        "and its lead",
+        "and its lead; published data sets: see below",
     )  # fmt: skip
     parser.add_argument(
         "--tokenizer", required=True, metavar="byte|train:N|PATH",
@@ -66,7 +81,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder to make")
     parser.add_argument(
         "--holdout", type=float, default=DEFAULT_HOLDOUT, metavar="SHARE",
-        help="share of documents for DIR/eval (default %(default)s); 0 makes no eval part",
+        help="share of documents for DIR/eval (default %(default)s), of enwik8 also for DIR/test; "
+        "0 makes no eval part",
     )  # fmt: skip
     parser.add_argument(
         "--shard-tokens", type=int, default=DEFAULT_SHARD_TOKENS, metavar="N",
@@ -126,6 +142,8 @@ def _summary(result: Prepared) -> dict[str, object]:
         "bytes_per_token": result.train.bytes_per_token,
         "train": _part(result.train),
         "eval": _part(result.eval),
+        "test": _part(result.test),
+        "left_out": result.left_out,
     }
 
 
@@ -133,9 +151,10 @@ def _sentence(result: Prepared) -> str:
     parts = [
         f"{index.folder}: {index.num_samples} {index.content}, {index.num_tokens} tokens, "
         f"{len(index.shards)} shards"
-        for index in (result.train, result.eval)
+        for index in (result.train, result.eval, result.test)
         if index is not None
     ]
+    parts += [f"left out: {count} records, {why}" for why, count in result.left_out.items()]
     verb = "is there already (same request)" if result.reused else f"made in {result.seconds:.1f} s"
     train = result.train
     parts.append(

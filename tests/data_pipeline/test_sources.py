@@ -21,7 +21,8 @@ def dump(*pages: tuple[str, int, str, str]) -> str:
 
 def read(path: Path, source_format, **options) -> list[tuple[str, str]]:
     files = find_inputs([path], source_format)
-    return [(d.origin, d.text) for d in iter_documents(files, source_format, **options)]
+    documents = iter_documents(files, source_format, **options)
+    return [(d.origin, *d.texts) for d in documents if d.texts]
 
 
 def test_a_text_file_is_a_document_and_a_folder_is_read_in_order(tmp_path: Path) -> None:

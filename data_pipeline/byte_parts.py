@@ -1,0 +1,64 @@
+"""enwik8 and text8 (Mahoney): one large file of raw bytes, cut where the field cuts it.
+
+    bytes    0                                90 000 000      95 000 000     100 000 000
+             [ train                          )[ eval         )[ test         )
+    parts    [ 16 MiB )[ 16 MiB ) .. [ rest   )[ one part     )[ one part     )
+
+Nothing is decoded: enwik8 is not valid UTF-8 at its end. A part is a document, so that memory is
+bounded; a training sequence that spans two parts has one </s> between them, six in enwik8, and
+those of eval and test have none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Literal, NamedTuple
+
+from haloformer.data_pipeline.errors import DataError
+from haloformer.data_pipeline.source_files import COMPRESSED, InputFile
+
+Part = Literal["train", "eval", "test"]
+PART_BYTES = 1 << 24
+
+
+class BytePart(NamedTuple):
+    """Consecutive bytes, which data set they are for, and where they are in the file."""
+
+    content: bytes
+    part: Part
+    start: int
+
+
+def iter_byte_parts(files: Sequence[InputFile], holdout: float) -> Iterator[BytePart]:
+    """Cut a file into training, validation and test bytes, and those into parts.
+
+    Args:
+        files: The one file.
+        holdout: Share of the bytes for validation, and the same again for test, at the end of the
+            file: 0.05 is the usual 90 : 5 : 5.
+
+    Raises:
+        DataError: If there are several files, it is compressed, or it changes meanwhile.
+    """
+    if len(files) != 1 or files[0].path.suffix.lower() in COMPRESSED:
+        raise DataError(
+            "enwik8 is read from one file, not compressed",
+            file=files[0].path,
+            remedy="unpack it, and name the file alone",
+        )
+    file = files[0]
+    held = round(file.size * holdout)
+    ends: list[tuple[Part, int]] = [
+        ("train", file.size - 2 * held),
+        ("eval", file.size - held),
+        ("test", file.size),
+    ]
+    start = 0
+    with file.path.open("rb") as stream:
+        for part, end in ends:
+            while start < end:
+                content = stream.read(min(PART_BYTES, end - start))
+                if not content:
+                    raise DataError("the file became shorter", file=file.path)
+                yield BytePart(content, part, start)
+                start += len(content)
