@@ -74,12 +74,12 @@ def expand(inputs: Sequence[Path], rule: FileRule) -> list[InputFile]:
 def _files_below(folder: Path, rule: FileRule) -> list[Path]:
     if not rule.suffixes:
         raise DataError("it is a folder", file=folder, remedy="name the file of one split itself")
-    endings = tuple(s + c for s in rule.suffixes for c in ("", *COMPRESSED))
+    suffixes = tuple(s + c for s in rule.suffixes for c in ("", *COMPRESSED))
     found = [
         Path(place) / name
         for place, _, names in os.walk(folder)
         for name in names
-        if name.lower().endswith(endings)
+        if name.lower().endswith(suffixes)
     ]
     found = [path for path in found if rule.accepts(path.relative_to(folder))]
     if not found:
