@@ -38,9 +38,16 @@ def _window_faults(windows: int | list[int], num_layers: int) -> list[str]:
 
 
 class EncoderConfig(Section):
-    """Longformer encoder (post-LN, RoBERTa layout); what stands on it is the subclass's."""
+    """Longformer encoder (post-LN, RoBERTa layout); what stands on it is the subclass's.
+
+    Attributes:
+        reads: Content of the data that it is trained on; every model section has it.
+        architecture: The same model in transformers, None if it has none; likewise.
+    """
 
     reads: ClassVar[Reads]
+    architecture: ClassVar[str | None]
+    kind: str
     hidden_size: PositiveInt
     num_layers: PositiveInt
     num_heads: PositiveInt
@@ -100,6 +107,7 @@ class ModelConfig(EncoderConfig):
     """Longformer encoder with a masked-language-model head."""
 
     reads: ClassVar[Reads] = "documents"
+    architecture: ClassVar[str | None] = "LongformerForMaskedLM"
     kind: Literal["longformer_mlm"] = "longformer_mlm"
 
 
@@ -107,6 +115,7 @@ class ClassifierConfig(EncoderConfig):
     """Longformer that classifies documents; the names of the classes come with the data."""
 
     reads: ClassVar[Reads] = "classification"
+    architecture: ClassVar[str | None] = "LongformerForSequenceClassification"
     kind: Literal["longformer_classifier"] = "longformer_classifier"
 
 
@@ -114,6 +123,7 @@ class QuestionsConfig(EncoderConfig):
     """Longformer that finds the answer to a question in a text."""
 
     reads: ClassVar[Reads] = "questions"
+    architecture: ClassVar[str | None] = "LongformerForQuestionAnswering"
     kind: Literal["longformer_qa"] = "longformer_qa"
 
 
@@ -121,6 +131,7 @@ class ChoicesConfig(EncoderConfig):
     """Longformer that chooses one of the candidates of a question (WikiHop)."""
 
     reads: ClassVar[Reads] = "choices"
+    architecture: ClassVar[str | None] = None
     kind: Literal["longformer_choice"] = "longformer_choice"
 
 
@@ -136,6 +147,7 @@ class CorefConfig(EncoderConfig):
     """
 
     reads: ClassVar[Reads] = "coreference"
+    architecture: ClassVar[str | None] = None
     kind: Literal["longformer_coref"] = "longformer_coref"
     max_span_width: PositiveInt = 30
     top_span_ratio: Annotated[float, Field(gt=0.0, le=1.0)] = 0.4
@@ -146,6 +158,7 @@ class LedConfig(Section):
     """LED: Longformer encoder, full decoder (BART layout, post-LN), tied embeddings."""
 
     reads: ClassVar[Reads] = "pairs"
+    architecture: ClassVar[str | None] = "LEDForConditionalGeneration"
     kind: Literal["led"] = "led"
     hidden_size: PositiveInt
     encoder_layers: PositiveInt
@@ -208,6 +221,7 @@ class CharLmConfig(Section):
     """
 
     reads: ClassVar[Reads] = "documents"
+    architecture: ClassVar[str | None] = None
     kind: Literal["char_lm"] = "char_lm"
     hidden_size: PositiveInt
     num_layers: PositiveInt

@@ -16,9 +16,9 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     parser = commands.add_parser(
         "export",
         help="write a trained model as a transformers folder",
-        description="Write the newest whole checkpoint of a run (longformer_mlm or led) as a "
-        "folder with config.json, model.safetensors and the tokenizer. transformers loads it and "
-        "computes the same logits.",
+        description="Write the newest whole checkpoint of a run (longformer_mlm, "
+        "longformer_classifier, longformer_qa or led) as a folder with config.json, "
+        "model.safetensors and the tokenizer. transformers loads it and computes the same logits.",
         epilog="example: haloformer export latest my-longformer --step 300",
     )
     parser.add_argument("run", metavar="RUN_ID|latest")

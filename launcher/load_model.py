@@ -10,6 +10,7 @@ group is made, whatever layout the run was trained on.
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
 import tempfile
@@ -19,8 +20,8 @@ from pathlib import Path
 
 from mlflow.exceptions import MlflowException
 
-from haloformer.configs.load import parse_config
-from haloformer.configs.schema import CharLmConfig, LedConfig, TrackingConfig, TrainConfig
+from haloformer.configs.models import MODEL_CONFIGS, CharLmConfig
+from haloformer.configs.schema import LedConfig, TrackingConfig, TrainConfig
 from haloformer.data_pipeline.index import ShardIndex, load_index
 from haloformer.data_pipeline.remote import split_address
 from haloformer.data_pipeline.tokenizers import TOKENIZER_FILES, Tokenizer, load_tokenizer
@@ -28,11 +29,9 @@ from haloformer.launcher import tracking
 from haloformer.launcher.catalog import Catalog, folder_of
 from haloformer.launcher.known_runs import RUNS, KnownRun, find_runs
 from haloformer.launcher.manifest import Manifest
-from haloformer.launcher.run_page import TOKENIZER
-from haloformer.model.convert import plain_from_config
+from haloformer.launcher.run_page import LABELS, TOKENIZER
+from haloformer.model.convert import PlainTrained, plain_from_config
 from haloformer.model.hf_config import TokenIds
-from haloformer.model.plain import PlainMaskedLM
-from haloformer.model.plain_led import PlainLed
 
 
 @dataclass(frozen=True)
@@ -44,8 +43,8 @@ class Found:
     manifest: Manifest
 
     def train_config(self) -> TrainConfig:
-        """The recipe it was trained with, validated."""
-        return parse_config(self.manifest.config, f"run {self.catalog.run_id}")
+        """The recipe it was trained with, of several phases that of the newest."""
+        return self.manifest.train_config().phase_at(max(self.manifest.step - 1, 0)).config
 
 
 @dataclass(frozen=True)
@@ -60,7 +59,7 @@ class TrainedModel:
         step: Optimizer steps it was trained for.
     """
 
-    model: PlainMaskedLM | PlainLed
+    model: PlainTrained
     config: TrainConfig
     tokenizer: Tokenizer
     run_id: str
@@ -136,23 +135,41 @@ def load_found(found: Found, data: Path | str | None = None) -> TrainedModel:
     """
     config, manifest = found.train_config(), found.manifest
     run_id = found.catalog.run_id
-    if isinstance(config.model, CharLmConfig):
+    if config.model.architecture is None:
+        others = [kind for kind, model in MODEL_CONFIGS.items() if model.architecture is not None]
         raise ValueError(
-            f"run {run_id} is a char_lm, which transformers has no model for: only longformer_mlm "
-            "and led runs can be loaded outside of training"
+            f"run {run_id} is a {config.model.kind}, which transformers has no model for: only "
+            f"runs of {', '.join(others)} can be loaded outside of training"
         )
-    tokenizer = _kept_tokenizer(found) if data is None else None
-    if tokenizer is None:
-        tokenizer = _index_of_run(config, manifest, run_id, data).load_tokenizer()
+    assert not isinstance(config.model, CharLmConfig)
+    tokenizer = tokenizer_of(found, data)
     special = tokenizer.specials
     tokens = TokenIds(bos=special.bos, pad=special.pad, eos=special.eos)
-    model = plain_from_config(config.model, tokenizer.vocab_size, tokens)
+    labels = _labels_of(found, data) if config.model.reads == "classification" else ()
+    model = plain_from_config(config.model, tokenizer.vocab_size, tokens, labels)
     # It brings DeepSpeed along, seconds that an error above need not wait for.
     from haloformer.launcher.fragments import load_weights
 
     with _files_of(found) as folder:
         load_weights(model.model, folder)
     return TrainedModel(model, config, tokenizer, run_id, manifest.step)
+
+
+def tokenizer_of(found: Found, data: Path | str | None = None) -> Tokenizer:
+    """The tokenizer that made the data of a run.
+
+    Args:
+        found: A checkpoint of the run.
+        data: As for ``load_run``.
+
+    Raises:
+        ValueError: If neither the run nor its data has it.
+    """
+    tokenizer = _kept_tokenizer(found) if data is None else None
+    if tokenizer is None:
+        config, run_id = found.train_config(), found.catalog.run_id
+        tokenizer = _index_of_run(config, found.manifest, run_id, data).load_tokenizer()
+    return tokenizer
 
 
 def _kept_tokenizer(found: Found) -> Tokenizer | None:
@@ -175,6 +192,21 @@ def _kept_tokenizer(found: Found) -> Tokenizer | None:
             else:
                 shutil.copy(path, scratch)
         return load_tokenizer(Path(scratch))
+
+
+def _labels_of(found: Found, data: Path | str | None) -> tuple[str, ...]:
+    """The names of the classes that a run was trained on, kept as the tokenizer is."""
+    text = None
+    if data is None:
+        kept = RUNS / found.known.run_id / "documents" / LABELS
+        with contextlib.suppress(FileNotFoundError):
+            if kept.is_file():
+                text = kept.read_text(encoding="utf-8")
+            else:
+                text = found.catalog.artifacts.read_text(LABELS)
+    if text is not None:
+        return tuple(json.loads(text))
+    return _index_of_run(found.train_config(), found.manifest, found.catalog.run_id, data).labels
 
 
 def _index_of_run(

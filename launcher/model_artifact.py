@@ -19,7 +19,6 @@ from mlflow import pyfunc
 from mlflow.exceptions import MlflowException
 from mlflow.models import Model
 
-from haloformer.configs.schema import CharLmConfig
 from haloformer.configs.sizes import num_parameters
 from haloformer.data_pipeline.files import check_free_disk
 from haloformer.launcher.catalog import Catalog
@@ -29,9 +28,11 @@ from haloformer.launcher.spool import Spool
 FOLDER = "model"
 _TRANSFORMERS = "5.23.0"  # as in pyproject's extra ``hf``
 
-# transformers 5 has no pipeline for text to text: an LED is loaded as components.
+# transformers 5 has no pipeline for answers or text to text: those are loaded as components.
 _TASKS = {
     "LongformerForMaskedLM": ("fill-mask", "FillMaskPipeline"),
+    "LongformerForSequenceClassification": ("text-classification", "TextClassificationPipeline"),
+    "LongformerForQuestionAnswering": ("question-answering", "QuestionAnsweringPipeline"),
     "LEDForConditionalGeneration": ("summarization", "SummarizationPipeline"),
 }
 
@@ -64,8 +65,8 @@ def _write(known: KnownRun, target: Path) -> list[Path]:
     if newest is None:
         raise ValueError("the run has no checkpoint that is whole")
     config = newest.train_config()
-    if isinstance(config.model, CharLmConfig):
-        raise ValueError("transformers has no model for a char_lm")
+    if config.model.architecture is None:
+        raise ValueError(f"transformers has no model for a {config.model.kind}")
     # They bring torch and DeepSpeed along: seconds that an answer above need not wait for.
     from haloformer.data_pipeline.tokenizer_json import write_for_transformers
     from haloformer.launcher.load_model import Found, load_found
@@ -103,7 +104,7 @@ def _describe(known: KnownRun, architecture: str, step: int, target: Path) -> No
         tokenizer_type="PreTrainedTokenizerFast",
         torch_dtype="torch.float32",
     )
-    if task == "fill-mask":
+    if task in ("fill-mask", "text-classification"):
         pyfunc.add_to_model(model, loader_module="mlflow.transformers")
     model.save(str(target / "MLmodel"))
 

@@ -3,12 +3,14 @@
 runs/<id>/documents/config.yaml       the recipe with every default, to be trained again
                     environment.txt   every installed package with its version
                     tokenizer/        of the data, which may be gone one day
+                    labels.json       its classes, if it is a classification
 """
 
 from __future__ import annotations
 
 import getpass
 import importlib.metadata
+import json
 import platform
 import shlex
 import socket
@@ -25,7 +27,7 @@ from haloformer.data_pipeline.index import ShardIndex
 from haloformer.launcher.spool import Spool
 from haloformer.launcher.tracking import PARAM_LIMIT, flatten
 
-TOKENIZER = "tokenizer"
+TOKENIZER, LABELS = "tokenizer", "labels.json"
 _LIBRARIES = ("torch", "deepspeed", "megatron-core", "mlflow", "triton")
 
 
@@ -60,6 +62,8 @@ def describe_run(
     (documents / "config.yaml").write_text(text, encoding="utf-8")
     (documents / "environment.txt").write_text(_environment(), encoding="utf-8")
     index.load_tokenizer().save(documents / TOKENIZER)
+    if index.labels:
+        (documents / LABELS).write_text(json.dumps(index.labels), encoding="utf-8")
     for path in sorted(documents.rglob("*")):
         if path.is_file():
             spool.add_artifact(path, str(path.relative_to(documents).parent))

@@ -8,14 +8,20 @@ save_pretrained(model, "tuned")          # transformers loads it
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from haloformer.configs.schema import LedConfig, ModelConfig
+from haloformer.configs.models import (
+    ClassifierConfig,
+    EncoderConfig,
+    LedConfig,
+    ModelConfig,
+    QuestionsConfig,
+)
 from haloformer.model.classification import LongformerForSequenceClassification
 from haloformer.model.encoder import LongformerEncoder
 from haloformer.model.hf_config import (
@@ -60,6 +66,8 @@ ARCHITECTURES = (
     "LongformerForQuestionAnswering",
     "LEDForConditionalGeneration",
 )
+# What a run can become.
+PlainTrained = PlainMaskedLM | PlainClassifier | PlainQuestionAnswering | PlainLed
 # Copies of tied weights, and buffers of older versions, that a folder may hold in addition.
 _IGNORABLE = (
     "lm_head.decoder.weight",
@@ -129,22 +137,30 @@ def save_pretrained(model: nn.Module, folder: str | Path) -> None:
 
 
 def plain_from_config(
-    config: ModelConfig | LedConfig, vocab_size: int, tokens: TokenIds
-) -> PlainMaskedLM | PlainLed:
+    config: EncoderConfig | LedConfig, vocab_size: int, tokens: TokenIds, labels: Sequence[str] = ()
+) -> PlainTrained:
     """An untrained plain model of a recipe's section, in eval mode; ``.model`` is what trains.
 
     Args:
-        config: Sizes.
+        config: Sizes of a model that transformers has.
         vocab_size: Entries of the token embedding.
         tokens: Special tokens of the tokenizer.
+        labels: Names of a classifier's classes.
     """
-    model: PlainMaskedLM | PlainLed
+    model: PlainTrained
     if isinstance(config, LedConfig):
         led_model = LedForConditionalGeneration(config, vocab_size)
         model = PlainLed(led_model, led_raw(config, vocab_size, tokens))
     else:
-        raw = longformer_raw(config, vocab_size, tokens)
-        model = PlainMaskedLM(LongformerForMaskedLM(config, vocab_size), raw)
+        raw = longformer_raw(config, vocab_size, tokens, labels)
+        if isinstance(config, ClassifierConfig):
+            classifier = LongformerForSequenceClassification(config, vocab_size, len(labels))
+            model = PlainClassifier(classifier, raw)
+        elif isinstance(config, QuestionsConfig):
+            model = PlainQuestionAnswering(LongformerForQuestionAnswering(config, vocab_size), raw)
+        else:
+            assert isinstance(config, ModelConfig)
+            model = PlainMaskedLM(LongformerForMaskedLM(config, vocab_size), raw)
     _tell_padding(model)
     model.eval()
     return model

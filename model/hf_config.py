@@ -7,9 +7,10 @@ the same name. And it leaves out of the file what equals its defaults.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from haloformer.configs.schema import LedConfig, ModelConfig
+from haloformer.configs.models import EncoderConfig, LedConfig, ModelConfig
 
 
 class TokenIds(NamedTuple):
@@ -135,20 +136,32 @@ def led_config(raw: dict[str, Any]) -> LedConfig:
     )
 
 
-def longformer_raw(config: ModelConfig, vocab_size: int, tokens: TokenIds) -> dict[str, Any]:
-    """The config.json of a masked language model that was trained here.
+def longformer_raw(
+    config: EncoderConfig, vocab_size: int, tokens: TokenIds, labels: Sequence[str] = ()
+) -> dict[str, Any]:
+    """The config.json of a Longformer that was trained here.
 
     What transformers has no word for stands under our own names; ``refuse_ours_alone`` finds it.
+
+    Args:
+        config: Sizes of a model that transformers has.
+        vocab_size: Entries of the token embedding.
+        tokens: Special tokens of the tokenizer.
+        labels: Names of a classifier's classes.
     """
-    ours_alone: dict[str, Any] = {}
+    assert config.architecture is not None
+    more: dict[str, Any] = {}
     if config.causal:
-        ours_alone["causal"] = True
+        more["causal"] = True
     if config.dilation != 1:
-        ours_alone["dilation"] = config.dilation
+        more["dilation"] = config.dilation
     if config.padding_position != tokens.pad:
-        ours_alone["padding_position"] = config.padding_position
-    return ours_alone | {
-        "architectures": ["LongformerForMaskedLM"],
+        more["padding_position"] = config.padding_position
+    if labels:
+        more["id2label"] = {str(number): label for number, label in enumerate(labels)}
+        more["label2id"] = {label: number for number, label in enumerate(labels)}
+    return more | {
+        "architectures": [config.architecture],
         "model_type": "longformer",
         "attention_probs_dropout_prob": config.attention_dropout,
         "attention_window": [config.window_of_layer(i) for i in range(config.num_layers)],

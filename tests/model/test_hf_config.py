@@ -5,7 +5,7 @@ import torch
 import transformers
 
 import hf_peers
-from haloformer.configs.schema import LedConfig, ModelConfig
+from haloformer.configs.models import ClassifierConfig, LedConfig, ModelConfig, QuestionsConfig
 from haloformer.model.convert import plain_from_config, save_pretrained
 from haloformer.model.hf_config import (
     TokenIds,
@@ -53,27 +53,38 @@ def test_both_ways_give_the_section_back():
     assert led_config(led_raw(led, hf_peers.VOCAB, TOKENS)) == led
 
 
-@pytest.mark.parametrize(
-    ("config", "cls"),
-    [
-        (ModelConfig(**LONGFORMER), transformers.LongformerForMaskedLM),
-        (LedConfig(**LED), transformers.LEDForConditionalGeneration),
-    ],
-    ids=["longformer", "led"],
-)
-def test_transformers_computes_the_same_from_what_is_saved(config, cls, tmp_path):
+CONFIGS = [
+    ModelConfig(**LONGFORMER),
+    ClassifierConfig(**LONGFORMER),
+    QuestionsConfig(**LONGFORMER),
+    LedConfig(**LED),
+]
+
+
+def scores_of(output):
+    if "start_logits" in output:  # transformers' answer to a question has no ``logits``
+        return torch.stack([output.start_logits, output.end_logits], dim=-1)
+    return output.logits
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.kind)
+def test_transformers_computes_the_same_from_what_is_saved(config, tmp_path):
     torch.manual_seed(0)
-    plain = plain_from_config(config, hf_peers.VOCAB, TOKENS)
+    labels = ("bad", "good", "ugly") if isinstance(config, ClassifierConfig) else ()
+    plain = plain_from_config(config, hf_peers.VOCAB, TOKENS, labels)
     hf_peers.scrambled(plain)
     save_pretrained(plain, tmp_path / "saved")
-    peer = cls.from_pretrained(tmp_path / "saved").eval()
+    peer = getattr(transformers, config.architecture).from_pretrained(tmp_path / "saved").eval()
     ids, mask, chosen = hf_peers.batch([32, 21], [[0, 5], [0]])
     call = {"input_ids": ids, "attention_mask": mask, "global_attention_mask": chosen}
     if isinstance(config, LedConfig):
         call["labels"] = hf_peers.batch([7, 7], [])[0]
     with torch.no_grad():
-        found, expected = plain(**call).logits, peer(**call).logits
-    real = mask.bool() if isinstance(config, ModelConfig) else slice(None)
+        found, expected = plain(**call).logits, scores_of(peer(**call))
+    per_token = isinstance(config, ModelConfig | QuestionsConfig)
+    real = mask.bool() if per_token else slice(None)
+    if labels:
+        assert peer.config.id2label == dict(enumerate(labels)) and found.shape[1] == 3
     assert hf_peers.relative_error(found[real], expected[real]) < 1e-5
 
 
