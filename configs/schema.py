@@ -123,9 +123,14 @@ class BatchConfig(Section):
 
 
 class OptimConfig(Section):
-    """AdamW, and a learning rate that is a pure function of the step."""
+    """AdamW, and a learning rate that is a pure function of the step.
+
+    ``head_learning_rate`` is the peak of what stands on a Longformer's encoder, which is new where
+    the encoder is trained already (Longformer, appendix, coreference); its course is the same.
+    """
 
     learning_rate: LearningRate
+    head_learning_rate: LearningRate | None = None
     end_learning_rate: EndLearningRate = 0.0
     schedule: Schedule = "linear"
     power: Annotated[float, Field(gt=0.0)] = 3.0
@@ -244,6 +249,11 @@ class TrainConfig(Section):
         if reads != "pairs" and data.target_len is not None:
             what = "text" if reads == "documents" else reads
             faults.append(f"data.target_len is for pairs; a {kind} reads {what}, remove it")
+        if reads in ("documents", "pairs") and self.optim.head_learning_rate is not None:
+            faults.append(
+                "optim.head_learning_rate is for a head that finetuning puts on an encoder; "
+                f"a {kind} has none, remove it"
+            )
         if reads != "documents" and data.isolate_documents:
             faults.append(f"data.isolate_documents is for packed text; a {kind} reads {reads}")
         if faults:

@@ -82,14 +82,32 @@ def build_engine(model: nn.Module, config: TrainConfig, topology: Topology) -> E
 
 
 def parameter_groups(model: nn.Module, optim: OptimConfig) -> list[dict[str, Any]]:
-    """AdamW's groups: matrices decay; biases and norms (one dimension) do not."""
-    parameters = list(model.parameters())
+    """AdamW's groups: matrices decay; biases and norms (one dimension) do not.
+
+    ``rate_scale`` of a group is its learning rate over that of the encoder.
+    """
+    parts = [(list(model.parameters()), 1.0)]
+    if optim.head_learning_rate is not None:
+        encoder: list[nn.Parameter] = []
+        head: list[nn.Parameter] = []
+        for name, parameter in model.named_parameters():
+            (encoder if name.startswith("encoder.") else head).append(parameter)
+        parts = [(encoder, 1.0), (head, optim.head_learning_rate / optim.learning_rate)]
     groups = [
-        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": optim.weight_decay},
-        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+        {"params": [p for p in part if wanted(p)], "weight_decay": decay, "rate_scale": scale}
+        for part, scale in parts
+        for wanted, decay in ((_is_matrix, optim.weight_decay), (_is_vector, 0.0))
     ]
     # DeepSpeed flattens each group and cannot flatten an empty one.
     return [group for group in groups if group["params"]]
+
+
+def _is_matrix(parameter: nn.Parameter) -> bool:
+    return parameter.ndim > 1
+
+
+def _is_vector(parameter: nn.Parameter) -> bool:
+    return parameter.ndim <= 1
 
 
 def rank_loss(local_sum: Tensor, num_tokens: int, topology: Topology) -> Tensor:
@@ -131,9 +149,9 @@ def set_batch(engine: Engine, config: TrainConfig, topology: Topology) -> None:
 
 
 def set_learning_rate(engine: Engine, learning_rate: float) -> None:
-    """Set the rate of the coming step, in every parameter group."""
+    """Set the rate of the coming step, the encoder's; a head's follows in proportion."""
     for group in engine.optimizer.param_groups:
-        group["lr"] = learning_rate
+        group["lr"] = learning_rate * group["rate_scale"]
 
 
 def grad_norm(engine: Engine) -> float:
