@@ -44,6 +44,21 @@ def build_parser(wanted: str | None) -> argparse.ArgumentParser:
     return parser
 
 
+def parse(parser: argparse.ArgumentParser, words: Sequence[str]) -> argparse.Namespace:
+    """Parse, with overrides also behind options: ``train RECIPE --ranks 2 steps=9``.
+
+    argparse takes all positional words in one go, and refuses those that come later.
+    """
+    arguments, rest = parser.parse_known_args(words)
+    overrides: list[str] | None = getattr(arguments, "overrides", None)
+    strangers = [w for w in rest if overrides is None or w.startswith("-") or "=" not in w]
+    if strangers:
+        parser.error(f"unrecognized arguments: {' '.join(strangers)}")
+    if overrides is not None:
+        overrides += rest
+    return arguments
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command.
 
@@ -51,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code; a ValueError is the user's to correct and becomes one line.
     """
     words = sys.argv[1:] if argv is None else list(argv)
-    arguments = build_parser(words[0] if words else None).parse_args(words)
+    arguments = parse(build_parser(words[0] if words else None), words)
     try:
         code: int = arguments.run_command(arguments)
     except ValueError as error:

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from haloformer.configs.load import parse_config
 from haloformer.configs.schema import TrainConfig
 
 FORMAT: Final = 1
@@ -75,8 +76,15 @@ class Manifest(_Record):
         return self.files[0].name.partition("/")[0]
 
     def train_config(self) -> TrainConfig:
-        """The recipe, validated."""
-        return TrainConfig.model_validate(self.config)
+        """The recipe, validated.
+
+        Raises:
+            ConfigError: If it has what this version does not know.
+        """
+        data = dict(self.config.get("data", {}))
+        if data.get("stages") == []:  # a key of checkpoints from before there were phases
+            del data["stages"]
+        return parse_config({**self.config, "data": data}, f"checkpoint step {self.step}")
 
     def to_text(self) -> str:
         """JSON with a hash over itself, so that a cut or altered manifest shows."""

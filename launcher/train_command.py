@@ -23,7 +23,7 @@ from haloformer.launcher.hosts import Host, fill, num_slots
 from haloformer.launcher.known_runs import RUNS, KnownRun, start_run
 from haloformer.launcher.model_artifact import spool_model
 from haloformer.launcher.plot import write_curve
-from haloformer.launcher.resume import AlreadyTrainedError, resume_point
+from haloformer.launcher.resume import AlreadyTrainedError, more_steps, resume_point
 from haloformer.launcher.run_dir import Plan, RunDir
 from haloformer.launcher.run_page import describe_run
 from haloformer.launcher.sources import check_data
@@ -201,8 +201,9 @@ def _continuation(
     """The command that goes on with this run; a finished one needs more steps."""
     words = [_program("haloformer"), "train", arguments.config, *arguments.overrides]
     if outcome == "finished":
-        words = [word for word in words if not word.startswith("steps=")]
-        words.append(f"steps={config.steps * 2}")
+        more = more_steps(config, config.steps)
+        words = [word for word in words if word.partition("=")[0] != more.partition("=")[0]]
+        words.append(more)
     if arguments.hostfile is not None:
         words += ["--hostfile", str(arguments.hostfile)]
     if arguments.launcher is not None:

@@ -1,6 +1,7 @@
 """`haloformer train` on real processes: whole, killed, stopped, resumed on another layout.
 
-All on a blend of two corpora, with short sequences in the first half of the run.
+All on a blend of two corpora and in two phases: shorter sequences, narrower windows and more of
+them first; then two at a time. A checkpoint stands exactly at the border, one inside the second.
 """
 
 import os
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from mlflow import MlflowClient
 
 from haloformer.launcher.cli import main
 from haloformer.launcher.run_dir import RunDir
@@ -24,17 +26,20 @@ from launcher_runs import (
 )
 
 RANKS = ["--ranks", "2"]
-STAGED_BLEND = {
-    "train": [{"path": "data/train", "weight": 2}, {"path": "data/eval", "weight": 1}],
-    "stages": [{"steps": 12, "seq_len": 64}],
-}
+BLEND = [{"path": "data/train", "weight": 2}, {"path": "data/eval", "weight": 1}]
+PHASES = [
+    {"name": "short", "steps": 8, "seq_len": 64, "attention_window": 8, "global_batch": 8},
+    {"name": "long", "steps": 16, "micro_batch": 2, "warmup_steps": 2},
+]
+# Phase -> its status in MLflow, and the steps whose loss its run has, each once.
+TOLD = {"short": ("FINISHED", list(range(1, 9))), "long": ("FINISHED", list(range(9, 25)))}
 
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("project")
     write_project(folder)
-    recipe = {**TINY, "data": {**TINY["data"], **STAGED_BLEND}}
+    recipe = {**TINY, "phases": PHASES, "data": {**TINY["data"], "train": BLEND}}
     (folder / "tiny.yaml").write_text(yaml.safe_dump(recipe))
     return folder
 
@@ -58,9 +63,13 @@ def test_a_whole_run_learns_evaluates_checkpoints_and_says_what_next(
     steps = [r for r in run_dir.read_metrics() if "loss" in r]
     assert all(0 <= r["data_seconds"] <= r["step_seconds"] for r in steps)
     lengths = {r["step"]: r["seq_len"] for r in steps}
-    assert lengths == {step: 64 if step <= 12 else 128 for step in range(1, 25)}
+    assert lengths == {step: 64 if step <= 8 else 128 for step in range(1, 25)}
+    rates = {r["step"]: r["learning_rate"] for r in steps}
+    assert rates[4] == max(rates[step] for step in range(1, 9))  # each phase warms up
+    assert rates[10] == max(rates[step] for step in range(9, 25)) > rates[9] > rates[8]
+    assert told_of_phases(project, run_dir) == TOLD
     evaluated = held_out(run_dir)
-    assert sorted(evaluated) == [0, 24]
+    assert sorted(evaluated) == [0, 8, 24]
     assert evaluated[24] < evaluated[0]
     for part in ("step 24, step 16", "mlflow ui --backend-store-uri sqlite:", "--resume"):
         assert part in output
@@ -86,6 +95,7 @@ def test_kill_9_of_a_rank_then_resume_gives_the_same_losses_bit_for_bit(
     assert done.returncode == 0, done.stdout + done.stderr
     assert "from step 8" in done.stdout or "from step 16" in done.stdout
     assert losses(run_dir) == whole[0]
+    assert told_of_phases(project, run_dir) == TOLD
 
 
 def test_ctrl_c_on_tensor_ranks_then_one_rank_then_tensor_ranks_keeps_the_losses(
@@ -122,6 +132,23 @@ def test_ctrl_c_on_tensor_ranks_then_one_rank_then_tensor_ranks_keeps_the_losses
     assert "step 24" in newest and "context 1 x tensor 2, ZeRO-2, fp32  verified" in newest
 
 
+def told_of_phases(project: Path, run_dir: RunDir) -> dict[str, tuple[str, list[int]]]:
+    """What MLflow knows of the phases of a run; of the run itself it knows every step once."""
+    client = MlflowClient(f"sqlite:///{project / 'mlflow.db'}")
+    run = client.get_run(run_dir.path.name)
+    assert sorted(m.step for m in client.get_metric_history(run.info.run_id, "loss")) == list(
+        range(1, 25)
+    )
+    wanted = f"tags.`mlflow.parentRunId` = '{run.info.run_id}'"
+    children = client.search_runs([run.info.experiment_id], wanted)
+    seen = {}
+    for child in children:
+        history = client.get_metric_history(child.info.run_id, "loss")
+        seen[child.info.run_name] = (child.info.status, sorted(m.step for m in history))
+    assert len(seen) == len(children)
+    return seen
+
+
 def interrupt(started: Started, run_dir: RunDir) -> int:
     """Ctrl-C; the step at which the run stopped, with a checkpoint."""
     started.process.send_signal(signal.SIGINT)
@@ -137,7 +164,7 @@ def test_a_changed_recipe_is_not_continued(
     project: Path, whole: tuple[dict[int, float], str]
 ) -> None:
     done = haloformer(
-        project, ["train", "tiny.yaml", "seed=4", "steps=30", *RANKS, "--resume", "latest"]
+        project, ["train", "tiny.yaml", "seed=4", "phases.1.steps=22", *RANKS, "--resume", "latest"]
     )
     assert done.returncode == 2
     assert "seed was 3, is 4" in done.stderr
