@@ -30,9 +30,13 @@ class StopSignals:
     """SIGINT, SIGTERM and SIGHUP while ranks run: the first asks them to stop, the next ends them.
 
     Use as a context; it may stay open over several attempts.
+
+    Args:
+        promise: What ranks that are asked to stop do, for the user.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, promise: str = "finishing the step and writing a checkpoint") -> None:
+        self._promise = promise
         self.count = 0
         self.on_first: Callable[[], None] | None = None
 
@@ -53,8 +57,8 @@ class StopSignals:
         self.count += 1
         if self.count == 1:
             print(
-                f"\n{signal.Signals(signum).name}: finishing the step and writing a checkpoint; "
-                "once more ends the ranks at once",
+                f"\n{signal.Signals(signum).name}: {self._promise}; once more ends the ranks at "
+                "once",
                 flush=True,
             )
             if self.on_first is not None:

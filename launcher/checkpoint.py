@@ -21,6 +21,7 @@ from pathlib import Path
 
 import torch
 from mlflow import MlflowClient
+from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 
 from haloformer.configs.schema import TrainConfig
@@ -29,7 +30,7 @@ from haloformer.launcher.catalog import Catalog, folder_of
 from haloformer.launcher.commit import CheckpointError, Committer, reasons, together
 from haloformer.launcher.engine import Engine
 from haloformer.launcher.exchange import Json, gather_json
-from haloformer.launcher.fragments import load_fragments, take_snapshot
+from haloformer.launcher.fragments import load_fragments, load_weights, take_snapshot
 from haloformer.launcher.manifest import Manifest, fault_of_file
 from haloformer.launcher.snapshot import Snapshot
 from haloformer.launcher.topology import Topology
@@ -179,6 +180,25 @@ class CheckpointStore:
                     f"checkpoint step {step} could not be read ({reasons(error)})"
                 ) from error
         return manifest.state
+
+    def load_weights(self, model: nn.Module, step: int) -> None:
+        """Fill a model that no engine holds with the weights of a checkpoint, in fp32.
+
+        Args:
+            model: As ``Task.build_model`` makes it.
+            step: Of the checkpoint.
+
+        Raises:
+            ValueError: If there is no such checkpoint, or it is of another model.
+            CheckpointError: If one of its files is damaged; names the file.
+        """
+        with self._on_this_host(self.catalog.find(step)) as folder:
+            try:
+                load_weights(model, folder, self._topology)
+            except CheckpointException as error:
+                raise CheckpointError(
+                    f"checkpoint step {step} could not be read ({reasons(error)})"
+                ) from error
 
     def _make_committer(self) -> Committer:
         return Committer(self.catalog, self._config, self._staging, self._topology)

@@ -14,6 +14,24 @@ from haloformer.launcher.slurm import SlurmCluster, allocation
 from haloformer.launcher.ssh_cluster import SshCluster
 
 
+def add_cluster_options(parser: argparse.ArgumentParser, default_ranks: str) -> None:
+    """The options that ``cluster_of`` reads.
+
+    Args:
+        parser: Of a command that starts ranks.
+        default_ranks: How many there are without ``--ranks``, for the help.
+    """
+    parser.add_argument("--ranks", type=int, help=f"processes (default: {default_ranks})")
+    parser.add_argument("--hostfile", type=Path, help="hosts to use, one 'name slots=N' per line")
+    parser.add_argument(
+        "--launcher",
+        choices=["pdsh", "slurm"],
+        help="for several hosts: pdsh (with --hostfile), or slurm (inside an allocation)",
+    )
+    parser.add_argument("--master-addr", help="address of rank 0 (default: as ssh reaches it)")
+    parser.add_argument("--master-port", type=int, help="port of rank 0 (default: a free one)")
+
+
 def cluster_of(
     arguments: argparse.Namespace, config: TrainConfig, folder: Path
 ) -> tuple[Cluster, int]:

@@ -1,62 +1,61 @@
-"""``haloformer evaluate``: ROUGE of a run's LED on held-out pairs, beside lead baselines."""
+"""``haloformer evaluate``: scores of a trained model on held-out data, by ranks as in training."""
 
 from __future__ import annotations
 
 import argparse
+import json
+import secrets
+import shutil
+import sys
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from statistics import fmean
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from mlflow.entities import Metric
-from mlflow.exceptions import MlflowException
-
-from haloformer.configs.schema import DataConfig, LedConfig, TrackingConfig
-from haloformer.data_pipeline.seq2seq import PairEvalStream
-from haloformer.launcher import tracking
-from haloformer.launcher.counting import CountProgress
-from haloformer.launcher.rouge import (
-    KINDS,
-    Scorer,
-    lead_of_sentences,
-    lead_of_words,
-    mean_rouge,
-    open_scorer,
-)
-from haloformer.launcher.run_dir import write_json_atomically
+from haloformer.configs.schema import TrackingConfig
+from haloformer.launcher.attempt import StopSignals, run_attempt
+from haloformer.launcher.cluster import Cluster
+from haloformer.launcher.clusters import add_cluster_options, cluster_of
+from haloformer.launcher.hosts import Host, fill
+from haloformer.launcher.known_runs import RUNS
+from haloformer.launcher.run_dir import SCORES, Plan, RunDir, write_json_atomically
 
 if TYPE_CHECKING:
-    from haloformer.launcher.load_model import Found, TrainedModel
+    from haloformer.launcher.evaluators import Evaluator
 
-# Two baselines: the usual three sentences, and about as many words as a lead of wiki_lead has.
-_LEAD_SENTENCES, _LEAD_WORDS = 3, 200
+# Options that only some kinds of models have a use for; None where one is not given.
+OPTIONS_OF_KINDS = ("limit", "beams", "max_length", "no_repeat_ngram_size")
 
 
 def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Register ``evaluate``."""
     parser = commands.add_parser(
         "evaluate",
-        help="score a trained LED on held-out pairs",
-        description="Let a run's LED answer every source of a folder of pairs, and compare with "
-        "the targets by ROUGE (F1, stemmed); beside it the first sentences of the source. The "
-        "scores go into the run.",
+        help="score a trained model on held-out data",
+        description="Score a checkpoint on a folder of held-out data: a longformer_mlm by bits "
+        "per character and accuracy at masked places, a led by ROUGE of what it writes beside "
+        "the first sentences of the source. The scores go into the run.",
         epilog="example: haloformer evaluate latest --data data/wiki_lead/eval --json rouge.json",
     )
-    parser.add_argument("run_id", metavar="RUN_ID|latest")
+    parser.add_argument("model", metavar="RUN_ID|latest|HF_DIR")
     parser.add_argument(
         "--data", required=True, metavar="DIR",
-        help="pairs made by prepare, not trained on; a path, http(s):// or s3://",
+        help="made by prepare, not trained on; a path, http(s):// or s3://",
     )  # fmt: skip
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write scores and answers there")
-    parser.add_argument("--beams", type=int, default=1, help="hypotheses; 1 is greedy (default)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all that was found there")
     parser.add_argument(
-        "--max-length", type=int, metavar="N",
-        help="most tokens of an answer, its start token included (default: data.target_len)",
+        "--limit", type=_count, metavar="N",
+        help="only the first N sequences or pairs (default: all)",
+    )  # fmt: skip
+    parser.add_argument("--beams", type=_count, help="of a led: hypotheses; 1 is greedy (default)")
+    parser.add_argument(
+        "--max-length", type=_count, metavar="N",
+        help="of a led: most tokens of an answer, its start token included (default: "
+        "data.target_len)",
     )  # fmt: skip
     parser.add_argument(
-        "--no-repeat-ngram-size", type=int, default=3, metavar="N",
-        help="no N tokens in a row come twice in an answer; 0 = may (default %(default)s)",
+        "--no-repeat-ngram-size", type=int, metavar="N",
+        help="of a led: no N tokens in a row come twice in an answer; 0 = may (default 3)",
     )  # fmt: skip
     parser.add_argument("--step", type=int, help="checkpoint of this step (default: the newest)")
     parser.add_argument(
@@ -64,149 +63,116 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         default=TrackingConfig().experiment,
         help="where to look for the latest run (default %(default)s)",
     )
+    add_cluster_options(parser, "what the recipe needs for one sequence; on several hosts, all")
     parser.set_defaults(run_command=run)
 
 
-@dataclass(frozen=True)
-class Answered:
-    """One held-out pair and what the model wrote."""
-
-    source: str
-    target: str
-    answer: str
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is less than 1")
+    return value
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Run the command; returns 0."""
-    # It brings torch along, seconds that a wrong word in the command need not wait for.
-    from haloformer.launcher.load_model import find_checkpoint, load_found
+    """Run the command; returns the exit code, 130 when it was stopped as asked."""
+    # They bring torch along, seconds that a wrong word in the command need not wait for.
+    from haloformer.launcher.evaluate_kinds import evaluator_of
+    from haloformer.launcher.evaluate_subject import open_subject, with_mesh
 
-    found = find_checkpoint(arguments.run_id, arguments.step, arguments.experiment)
-    config = found.train_config()
-    run_id = found.catalog.run_id
-    if not isinstance(config.model, LedConfig):
-        raise ValueError(
-            f"run {run_id} trained a {config.model.kind}; evaluate scores led runs only, by what "
-            "they write"
-        )
-    longest = config.model.max_target_positions
-    if arguments.max_length is not None and arguments.max_length > longest:
-        raise ValueError(
-            f"--max-length {arguments.max_length} is more than the model's {longest} positions"
-        )
-    scorer = open_scorer()
-    trained = load_found(found)
-    pairs = _open_pairs(arguments.data, config.data, trained)
+    subject = open_subject(arguments.model, arguments.step, arguments.experiment, arguments.data)
+    evaluator = evaluator_of(subject.config)
+    settings = evaluator.settings(subject.config, _given(arguments, evaluator))
+    # Without --ranks one machine gets those of one sequence, as the recipe has them.
+    cluster, ranks = cluster_of(arguments, with_mesh(subject.config, evaluator, None), RUNS)
+    config = with_mesh(subject.config, evaluator, ranks)
+    used = fill(cluster.hosts, ranks)
+    cluster.check(used)
+    parallel = config.parallel
+    print(
+        f"{subject.name}: on {arguments.data} with {ranks} ranks (data "
+        f"{ranks // (parallel.context * parallel.tensor)}, context {parallel.context}, tensor "
+        f"{parallel.tensor})",
+        flush=True,
+    )
     start = time.perf_counter()
-    answered = _answer_all(arguments, trained, pairs)
+    code, found = _start_ranks(cluster, used, subject.plan(config, settings, ranks))
+    if found is None:
+        return code
+    told = subject.log(found["scores"])
     seconds = time.perf_counter() - start
-    scores = _score(scorer, answered)
-    told = _log(found, scores)
-    print(f"run {run_id}, step {trained.step}: {len(answered)} pairs of {arguments.data}")
-    print(_table(scores))
-    print(f"{seconds / len(answered):.1f} s per answer; {told}")
+    print(f"{subject.name}: {found['count']:,} {evaluator.unit} of {arguments.data}")
+    print(table(found["scores"], evaluator.decimals))
+    for note in found["notes"]:
+        print(note)
+    print(f"{seconds:.1f} s; {told}")
     if arguments.json is not None:
-        record = {"run_id": run_id, "step": trained.step, "data": str(arguments.data)}
-        pairs_json = [asdict(one) for one in answered]
-        write_json_atomically(arguments.json, {**record, "scores": scores, "pairs": pairs_json})
+        record = {
+            **subject.identity(),
+            "data": str(arguments.data),
+            "count": found["count"],
+            "scores": found["scores"],
+            **found["facts"],
+            evaluator.records_key: found["records"],
+        }
+        write_json_atomically(arguments.json, record)
+        print(f"wrote {arguments.json}")
     return 0
 
 
-def _open_pairs(folder: str, data: DataConfig, trained: TrainedModel) -> PairEvalStream:
-    """The pairs, cut as in training.
+def _given(arguments: argparse.Namespace, evaluator: Evaluator) -> dict[str, Any]:
+    """The options of kinds of models that were given.
 
     Raises:
-        ValueError: If the folder holds no pairs, or tokens of another tokenizer.
+        ValueError: If one is for another kind.
     """
-    return PairEvalStream(
-        folder,
-        data,
-        global_batch=1,
-        data_rank=0,
-        data_world=1,
-        tokenizer_sha256=trained.tokenizer.sha256,
-    )
+    given = {name: getattr(arguments, name) for name in OPTIONS_OF_KINDS}
+    given = {name: value for name, value in given.items() if value is not None}
+    for name in given:
+        if name not in evaluator.options:
+            known = ", ".join(_option(option) for option in evaluator.options)
+            raise ValueError(f"{_option(name)} is not for this kind of model, which reads {known}")
+    return given
 
 
-def _answer_all(
-    arguments: argparse.Namespace, trained: TrainedModel, pairs: PairEvalStream
-) -> list[Answered]:
-    import torch
-
-    from haloformer.model.plain_led import PlainLed
-
-    model, tokenizer = trained.model, trained.tokenizer
-    assert isinstance(model, PlainLed)
-    longest = arguments.max_length
-    if longest is None:
-        longest = trained.config.data.target_len
-    has_globals = trained.config.data.global_tokens == "first"
-    answered: list[Answered] = []
-    with CountProgress("pairs", pairs.index.num_samples, every=5) as progress:
-        for batch in pairs:
-            (key,) = batch.keys
-            if key is None:  # damaged, and the recipe says to skip such
-                continue
-            # One by one: sources differ in length, and padding costs as much as text.
-            ids = torch.from_numpy(batch.input_ids)  # [1, N]
-            mask = torch.zeros_like(ids)
-            mask[:, 0] = int(has_globals)
-            with torch.no_grad():
-                found = model.generate(
-                    ids,
-                    None,
-                    mask,
-                    max_length=longest,
-                    num_beams=arguments.beams,
-                    no_repeat_ngram_size=arguments.no_repeat_ngram_size,
-                )
-            source, target = pairs.texts(key)
-            answered.append(Answered(source, target, tokenizer.decode(found[0].tolist())))
-            progress.show(len(answered))
-    return answered
+def _option(name: str) -> str:
+    return "--" + name.replace("_", "-")
 
 
-def _score(scorer: Scorer, answered: list[Answered]) -> dict[str, dict[str, float]]:
-    """ROUGE of the model and of what a reader of the first lines would write."""
-    targets = [one.target for one in answered]
-    candidates = {
-        "model": [one.answer for one in answered],
-        f"first {_LEAD_SENTENCES} sentences": [
-            lead_of_sentences(one.source, _LEAD_SENTENCES) for one in answered
-        ],
-        f"first {_LEAD_WORDS} words": [lead_of_words(one.source, _LEAD_WORDS) for one in answered],
-    }
-    return {
-        name: {
-            **mean_rouge(scorer, texts, targets),
-            "words": fmean(len(text.split()) for text in texts),
-        }
-        for name, texts in candidates.items()
-    }
+def _start_ranks(
+    cluster: Cluster, used: Sequence[Host], plan: Plan
+) -> tuple[int, dict[str, Any] | None]:
+    """Exit code, and what the ranks found; None if they failed or were stopped."""
+    # Beside the runs, because all hosts see that folder; the dot says that it is none of them.
+    run_dir = RunDir(RUNS.resolve() / f".evaluate-{secrets.token_hex(8)}")
+    run_dir.path.mkdir(parents=True)
+    with StopSignals("ending") as signals:
+        ending = run_attempt(cluster, run_dir, plan, used, signals)
+    if ending.code != 0:
+        print(f"haloformer: error: the evaluation {ending.describe()}", file=sys.stderr)
+        return ending.code, None
+    found = None
+    assert ending.state is not None
+    if ending.state[0] == "finished":
+        found = json.loads((run_dir.path / SCORES).read_text(encoding="utf-8"))
+    else:
+        print("haloformer: stopped; nothing was scored", file=sys.stderr)
+    # What ranks that failed said to each other stays, for whoever looks for the reason.
+    shutil.rmtree(run_dir.path)
+    return (0 if found is not None else 130), found
 
 
-def _table(scores: dict[str, dict[str, float]]) -> str:
-    columns = (*KINDS, "words")
+def table(scores: dict[str, dict[str, float]], decimals: int) -> str:
+    """Metrics side by side, a line per candidate."""
+    metrics = list(next(iter(scores.values())))
     width = max(len(name) for name in scores)
-    lines = [" " * width + "".join(f"{column:>9}" for column in columns)]
+    widths = [max(9, len(metric) + 2) for metric in metrics]
+    cells = (f"{metric:>{wide}}" for metric, wide in zip(metrics, widths, strict=True))
+    lines = [" " * width + "".join(cells)]
     for name, values in scores.items():
-        lines.append(f"{name:<{width}}" + "".join(f"{values[c]:9.2f}" for c in columns))
+        cells = (
+            f"{values[metric]:{wide}.{decimals}f}"
+            for metric, wide in zip(metrics, widths, strict=True)
+        )
+        lines.append(f"{name:<{width}}" + "".join(cells))
     return "\n".join(lines)
-
-
-def _log(found: Found, scores: dict[str, dict[str, float]]) -> str:
-    """Into the run, as metrics of the checkpoint's step; says whether that worked."""
-    now, step = int(time.time() * 1000), found.manifest.step
-    metrics = [
-        Metric(f"{name.replace(' ', '_')}_{kind}", value, now, step)
-        for name, values in scores.items()
-        for kind, value in values.items()
-    ]
-    known = found.known
-    if known.mlflow_id is None:
-        return f"not logged: MLflow does not know the run yet (haloformer sync {known.run_id})"
-    try:
-        tracking.connect(known.tracking_uri).log_batch(known.mlflow_id, metrics=metrics)
-    except (tracking.TrackingAwayError, MlflowException) as error:
-        return f"not logged to MLflow ({' '.join(str(error).split())[:200]})"
-    return "logged to MLflow"

@@ -96,23 +96,24 @@ def load_fragments(engine: Engine, topology: Topology, folder: Path, step: int) 
     engine.micro_steps = step * engine.gradient_accumulation_steps()
 
 
-def load_weights(model: nn.Module, folder: Path) -> None:
-    """Fill a plain model with the fp32 weights of a checkpoint, in this process alone.
+def load_weights(model: nn.Module, folder: Path, topology: Topology | None = None) -> None:
+    """Fill a plain model with the fp32 weights of a checkpoint; no rank talks to another.
 
     Args:
         model: The model that was trained, not wrapped by DeepSpeed.
         folder: All files of the checkpoint and no other safetensors file.
+        topology: Says which part a tensor-parallel rank holds; None if the model is whole.
 
     Raises:
         ValueError: If the checkpoint is of another model.
     """
-    shares = _shares(model, None)
+    shares = _shares(model, topology)
     saved = _check_same_model(folder, shares)
     plan, flats = _ReadPlan(), {}
-    for name, share in shares.items():
+    for name, parameter in _parameters(model):
         key = f"{WEIGHT}/{name}"
-        flats[name] = torch.empty(share.numel)
-        plan.add(key, saved[key], share, flats[name], 0)
+        flats[name] = torch.zeros(parameter.numel())  # rows that fill up a vocabulary stay zero
+        plan.add(key, saved[key], shares[name], flats[name], 0)
     with warnings.catch_warnings():
         # DCP warns that it works in one process even where no_dist asks for it.
         warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)

@@ -20,6 +20,8 @@ from haloformer.configs.schema import TrainConfig
 
 State = Literal["running", "finished", "stopped"]
 
+SCORES = "scores.json"  # what ranks that evaluate have found
+
 _RECORD_BYTES = 128
 
 
@@ -34,6 +36,7 @@ class Plan:
         config: The recipe, as JSON.
         world_size: Ranks in all.
         resume_step: Step of the committed checkpoint to continue from, None for a fresh start.
+        evaluation: What ranks that evaluate are to do (``evaluate_worker.Order``); None to train.
     """
 
     run_id: str
@@ -42,6 +45,7 @@ class Plan:
     config: dict[str, Any]
     world_size: int
     resume_step: int | None
+    evaluation: dict[str, Any] | None = None
 
     def train_config(self) -> TrainConfig:
         """The recipe, validated."""

@@ -22,6 +22,7 @@ from haloformer.launcher.artifacts import ArtifactFolder
 from haloformer.launcher.checkpoint import CheckpointStore
 from haloformer.launcher.commit import CheckpointError
 from haloformer.launcher.engine import build_engine
+from haloformer.launcher.evaluate_worker import run_evaluation
 from haloformer.launcher.phases import open_phase
 from haloformer.launcher.progress import StepProgress
 from haloformer.launcher.pulse import Pulse
@@ -49,7 +50,8 @@ def main() -> int:
     pulse.start()
     code = 0
     try:
-        run(run_dir, stop, pulse)
+        work = run if run_dir.read_plan().evaluation is None else run_evaluation
+        work(run_dir, stop, pulse)
     except CheckpointError as error:  # the disk's or the server's, not the user's: worth a retry
         print(f"rank {rank}: error: {error}", file=sys.stderr, flush=True)
         code = 1

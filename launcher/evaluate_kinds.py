@@ -1,0 +1,26 @@
+"""The evaluator of each kind of model."""
+
+from __future__ import annotations
+
+from haloformer.configs.schema import TrainConfig
+from haloformer.launcher.evaluate_led import LedEvaluator
+from haloformer.launcher.evaluate_mlm import MaskedLmEvaluator
+from haloformer.launcher.evaluators import Evaluator
+
+_EVALUATORS: dict[str, Evaluator] = {
+    "longformer_mlm": MaskedLmEvaluator(),
+    "led": LedEvaluator(),
+}
+
+
+def evaluator_of(config: TrainConfig) -> Evaluator:
+    """The evaluator of a recipe.
+
+    Raises:
+        ValueError: If nothing scores models of its kind.
+    """
+    kind = config.model.kind
+    if kind not in _EVALUATORS:
+        known = ", ".join(sorted(_EVALUATORS))
+        raise ValueError(f"evaluate does not know how to score a {kind}; it scores {known}")
+    return _EVALUATORS[kind]
