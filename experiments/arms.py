@@ -160,9 +160,12 @@ def _plot(
         own = [outcome for outcome in outcomes if outcome.arm == name]
         if with_curves:
             for index, outcome in enumerate(own):
-                x, y = zip(*outcome.curve, strict=True)
-                label = name if index == 0 else None
-                axes.plot(x, y, "o-", color=f"C{number}", alpha=0.7, markersize=3, label=label)
+                look = {"color": f"C{number}", "alpha": 0.7, "label": name if index == 0 else None}
+                if outcome.curve:
+                    x, y = zip(*outcome.curve, strict=True)
+                    axes.plot(x, y, "o-", markersize=3, **look)
+                else:
+                    axes.axhline(outcome.value, linestyle="--", **look)
         else:
             values = [outcome.value for outcome in own]
             axes.bar(name, fmean(values), color=f"C{number}", alpha=0.5)
