@@ -1,6 +1,6 @@
 """Pairs whose answer lies late: prose of one article, then, in the last line, what to write about.
 
-    source   Alchemy is an influential philosophical tradition ... (300 to 14,000 tokens of others)
+    source   Alchemy is an influential philosophical tradition ... (300 to 16,000 tokens of others)
              Subject: Andre Agassi
     target   Andre Kirk Agassi is an American retired professional tennis player ...
 
@@ -25,9 +25,9 @@ from haloformer.data_pipeline.wikitext import clean_wikitext
 from haloformer.launcher.rouge import sentences_of
 
 NUM_SUBJECTS = 24
-TOKENS = (300, 14_000)  # of a source, log-uniform; what is held out is longer than LATE
+TOKENS = (300, 13_000)  # of a source, log-uniform; what is held out is longer than LATE
 LATE = 4_000
-_CHARACTERS_PER_TOKEN = 3.0  # of the BPE below, about; what a model is fed is counted exactly
+_CHARACTERS_PER_TOKEN = 3.0  # about: a BPE of 1,024 has 2.5, so the longest source has 15,900
 _MAX_BYTES = 1 << 24
 
 
