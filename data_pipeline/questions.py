@@ -161,9 +161,12 @@ def read_wikihop(stream: io.BufferedIOBase, file: InputFile) -> Iterator[Found]:
 
 
 def _joined(text: str) -> str:
-    """Tokenised text as it is written: ``in Cuba , who`` -> ``in Cuba, who`` (AI2's script)."""
-    text = re.sub(r" (?=[.,!?)]|'s)", "", text).replace("( ", "(")
-    return " ".join(text.split())
+    """Tokenised text as it is written: ``in Cuba , who`` -> `` in Cuba, who`` (AI2's script).
+
+    With a blank before it, so that a byte-level BPE gives its first word as inside of a text.
+    """
+    text = " ".join(re.sub(r" (?=[.,!?)]|'s)", "", text).replace("( ", "(").split())
+    return f" {text}" if text else ""
 
 
 def _unanswered(place: str) -> DataError:

@@ -11,6 +11,7 @@ import json
 import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -23,8 +24,8 @@ from haloformer.data_pipeline.errors import DataError
 from haloformer.data_pipeline.files import write_atomic
 
 SPECIAL_NAMES = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")
-_RECORD = "tokenizer_kind.json"
-TOKENIZER_FILES = (_RECORD, "vocab.json", "merges.txt")  # the last two of BPE only
+TOKENIZER_RECORD = "tokenizer_kind.json"
+TOKENIZER_FILES = (TOKENIZER_RECORD, "vocab.json", "merges.txt")  # the last two of BPE only
 _NUM_BYTES = 256
 # Encoding keeps about 100 bytes per token; long documents go through in pieces of this size.
 _PIECE_CHARACTERS = 1 << 18
@@ -131,8 +132,12 @@ class BpeTokenizer:
 
     def byte_lengths(self, ids: NDArray[np.int64]) -> NDArray[np.int64]:
         """Bytes of UTF-8 that each token of a text stands for, int64 [n]; they add up to it."""
+        return self._lengths[ids]
+
+    @cached_property
+    def _lengths(self) -> NDArray[np.int64]:
         # A token's name has a character for every byte.
-        return np.array([len(self.tokens[i]) for i in ids.tolist()], np.int64)
+        return np.array([len(token) for token in self.tokens], np.int64)
 
     def save(self, folder: Path) -> None:
         """Write it into a folder that ``load_tokenizer`` reads."""
@@ -157,7 +162,7 @@ def _pieces(text: str) -> Iterator[str]:
 
 def _save_record(folder: Path, tokenizer: Tokenizer) -> None:
     record = {"kind": tokenizer.kind, "sha256": tokenizer.sha256}
-    write_atomic(folder / _RECORD, json.dumps(record).encode())
+    write_atomic(folder / TOKENIZER_RECORD, json.dumps(record).encode())
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
@@ -166,7 +171,7 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     Raises:
         DataError: If files are missing, malformed, or not the ones that were saved.
     """
-    path = folder / _RECORD
+    path = folder / TOKENIZER_RECORD
     record = _read_json(path)
     tokenizer: Tokenizer
     if record.get("kind") == "byte":

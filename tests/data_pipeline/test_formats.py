@@ -186,9 +186,9 @@ def test_hotpotqa_has_yes_and_no_before_the_paragraphs(tmp_path: Path) -> None:
 def test_wikihop_has_candidates_and_documents_behind_the_query(tmp_path: Path) -> None:
     (example,) = read(write(tmp_path / "dev.json", WIKIHOP), "wikihop")
     assert example.segments == (
-        "participant_of juan rossell",
-        *("1996 summer olympics", "olympic games", "sport"),
-        *("Juan (born 1969 in Jiguani, Granma) played men's volleyball.", "Cuba."),
+        " participant_of juan rossell",
+        *(" 1996 summer olympics", " olympic games", " sport"),
+        *(" Juan (born 1969 in Jiguani, Granma) played men's volleyball.", " Cuba."),
     )
     assert example.note == {"id": "WH_train_0", "label": 1, "num_candidates": 3}
 

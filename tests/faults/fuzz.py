@@ -21,6 +21,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -28,8 +29,9 @@ from mlflow import MlflowClient
 from safetensors.torch import save_file
 
 from haloformer.configs.load import config_hash
+from haloformer.data_pipeline.annotated import Annotated
 from haloformer.data_pipeline.errors import DataError
-from haloformer.data_pipeline.index import INDEX_NAME, load_index
+from haloformer.data_pipeline.index import INDEX_NAME, Content, load_index
 from haloformer.data_pipeline.reader import ShardReader, verify
 from haloformer.data_pipeline.shards import DatasetWriter
 from haloformer.data_pipeline.tokenizers import ByteTokenizer
@@ -134,25 +136,33 @@ class Watch:
 class Shards:
     """A data set of 20 documents in shards, and an older one of the same names."""
 
+    content: ClassVar[Content] = "documents"
+
     def __init__(self, home: Path) -> None:
-        self.sound, self.older = home / "data", home / "older"
+        self.sound, self.older = home / self.content, home / f"older_{self.content}"
         for folder, seed in ((self.sound, 1), (self.older, 2)):
             folder.mkdir()
             letters = np.random.default_rng(seed)
-            with DatasetWriter(folder, ByteTokenizer(), 300) as writer:
+            with DatasetWriter(folder, ByteTokenizer(), 300, self.content) as writer:
                 for number in range(20):
                     text = letters.integers(97, 123, 20 + 10 * number, np.uint8).tobytes().decode()
-                    writer.add(text, ByteTokenizer().encode(text), f"document {number}")
+                    self._add(writer, text, number)
                 writer.close()
         self.truth = self._read(self.sound)
 
-    def _read(self, folder: Path) -> list[bytes]:
+    def _add(self, writer: DatasetWriter, text: str, number: int) -> None:
+        writer.add(text, ByteTokenizer().encode(text), f"document {number}")
+
+    def _read_sample(self, reader: ShardReader, shard: int, sample: int, length: int) -> object:
+        return reader.read(shard, sample, 0, length).tobytes()
+
+    def _read(self, folder: Path) -> list[object]:
         index = load_index(folder)
         index.load_tokenizer()
         reader = ShardReader(index)
         try:
             return [
-                reader.read(shard, sample, 0, int(length)).tobytes()
+                self._read_sample(reader, shard, sample, int(length))
                 for shard in range(len(index.shards))
                 for sample, length in enumerate(reader.lengths(shard))
             ]
@@ -179,6 +189,21 @@ class Shards:
         except DataError as error:
             faults.append(_is_helpful(error, folder))
         return "refused" if faults else "sound"
+
+
+class Examples(Shards):
+    """The same of questions, whose answers are stored beside the text."""
+
+    content = "questions"
+
+    def _add(self, writer: DatasetWriter, text: str, number: int) -> None:
+        example = Annotated(("who?", text), {"id": str(number), "answers": [text[:3]]})
+        segments = [ByteTokenizer().encode(part) for part in example.segments]
+        writer.add_example(example, segments, [[0, 2, 0]], f"question {number}")
+
+    def _read_sample(self, reader: ShardReader, shard: int, sample: int, length: int) -> object:
+        tokens = super()._read_sample(reader, shard, sample, length)
+        return tokens, reader.note(shard, sample)
 
 
 class Checkpoints:
@@ -268,7 +293,7 @@ def _is_helpful(error: DataError, folder: Path) -> str:
 
 
 def fuzz(count: int, seed: int, say: Callable[[str], None]) -> Counter[tuple[str, str, str]]:
-    """Damage and read ``count`` data sets and ``count`` checkpoint folders.
+    """Damage and read ``count`` data sets of each content and ``count`` checkpoint folders.
 
     Returns:
         How often each (kind, damage, outcome) came up.
@@ -282,7 +307,12 @@ def fuzz(count: int, seed: int, say: Callable[[str], None]) -> Counter[tuple[str
         home = Path(place)
         (home / "outside").write_text("not for reading")
         client = MlflowClient(f"sqlite:///{home}/mlflow.db")
-        for kind, subject in (("shards", Shards(home)), ("checkpoint", Checkpoints(home, client))):
+        subjects: dict[str, Shards | Checkpoints] = {
+            "shards": Shards(home),
+            "examples": Examples(home),
+            "checkpoint": Checkpoints(home, client),
+        }
+        for kind, subject in subjects.items():
             for number in range(count):
                 draw = random.Random(f"{seed} {kind} {number}")
                 damage = DAMAGES[number % len(DAMAGES)]
@@ -291,7 +321,7 @@ def fuzz(count: int, seed: int, say: Callable[[str], None]) -> Counter[tuple[str
                 subject.damage(folder, damage, draw)
                 try:
                     # MLflow's database is beside the folders.
-                    with watch.over(folder if kind == "shards" else home):
+                    with watch.over(home if kind == "checkpoint" else folder):
                         outcome = subject.check(folder)
                 except Exception as error:
                     raise AssertionError(

@@ -22,4 +22,5 @@ def test_no_damaged_shard_or_checkpoint_is_taken_for_what_it_is_not():
     seen = [line.rpartition(": ")[0] for line in done.stdout.splitlines()]
     for damage in ("flip_bit", "cut", "lose", "grow", "take_another", "take_older", "be_hostile"):
         assert f"shards {damage} refused" in seen
+        assert f"examples {damage} refused" in seen
         assert f"checkpoint {damage} refused" in seen
