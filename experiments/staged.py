@@ -2,8 +2,8 @@
 
     python experiments/staged.py --seeds 1 2 3
 
-Both see 400 steps of 4,096 characters with the same learning rates. ``staged`` trains 240 steps on
-sequences of 256, 100 on 512 and 60 on 1,024, its windows doubling along; ``single`` has sequences
+Both see 300 steps of 4,096 characters with the same learning rates. ``staged`` trains 180 steps on
+sequences of 256, 75 on 512 and 45 on 1,024, its windows doubling along; ``single`` has sequences
 of 1,024 and the last windows from the start. Both are measured as they end: at 1,024.
 """
 
