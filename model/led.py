@@ -171,7 +171,9 @@ class LedForConditionalGeneration(nn.Module):
     def logits(self, hidden: Float[Tensor, "... e"]) -> Float[Tensor, "... v"]:
         """[..., E] decoder states -> [..., V], or this rank's part of the vocabulary."""
         weight: Tensor = self.shared.get_parameter("weight")
-        return vocab_logits(hidden, weight, self.final_logits_bias, self.tensor_group)
+        # DeepSpeed casts parameters to bf16 and leaves buffers alone.
+        bias = self.final_logits_bias.to(hidden.dtype)
+        return vocab_logits(hidden, weight, bias, self.tensor_group)
 
     def forward(
         self,
