@@ -8,14 +8,24 @@ texts, knows their ids.
 from __future__ import annotations
 
 import json
+import tempfile
 from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer as Engine
 from tokenizers import decoders, models, pre_tokenizers, processors
 
+from haloformer.data_pipeline.errors import DataError
 from haloformer.data_pipeline.files import write_atomic
-from haloformer.data_pipeline.tokenizers import SPECIAL_NAMES, BpeTokenizer, Tokenizer
+from haloformer.data_pipeline.tokenizers import (
+    SPECIAL_NAMES,
+    TOKENIZER_RECORD,
+    BpeTokenizer,
+    ByteTokenizer,
+    Tokenizer,
+    load_bpe,
+    load_tokenizer,
+)
 
 TOKENIZER_JSON = "tokenizer.json"
 _ROLES = {
@@ -73,6 +83,48 @@ def fast_tokenizer(tokenizer: Tokenizer) -> Any:
         special_tokens=[("<s>", specials.bos), ("</s>", specials.eos)],
     )
     return engine
+
+
+def tokenizer_sha256_of(folder: Path) -> str | None:
+    """Which tokenizer a folder of transformers (or of ours) has; None if it has none that we read.
+
+    Files that we can read are ours, vocab.json with merges.txt, and byte-level BPE in
+    tokenizer.json.
+
+    Raises:
+        DataError: If its files are malformed.
+    """
+    if (folder / TOKENIZER_RECORD).is_file():
+        return load_tokenizer(folder).sha256
+    if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
+        return _sha256(load_bpe(folder))
+    path = folder / TOKENIZER_JSON
+    if not path.is_file():
+        return None
+    try:
+        content = json.loads(path.read_bytes())
+        model = content["model"]
+        if model["type"] != "BPE":
+            return None
+        # Special tokens may stand apart from the others.
+        added = {token["content"]: token["id"] for token in content.get("added_tokens") or []}
+        vocab = {**model["vocab"], **added}
+        pairs = (pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"])
+        merges = "".join(f"{pair}\n" for pair in pairs)
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"not a tokenizer ({type(error).__name__})", file=path) from error
+    with tempfile.TemporaryDirectory() as scratch:
+        Path(scratch, "vocab.json").write_text(json.dumps(vocab), "utf-8")
+        Path(scratch, "merges.txt").write_text(merges, "utf-8")
+        return _sha256(load_bpe(Path(scratch)))
+
+
+def _sha256(tokenizer: BpeTokenizer) -> str:
+    """Its hash; bytes that transformers has written have become BPE that merges nothing."""
+    bytes_alone = (*SPECIAL_NAMES[:-1], *byte_characters(), SPECIAL_NAMES[-1])
+    if tokenizer.tokens == bytes_alone and not tokenizer.merges:
+        return ByteTokenizer.sha256
+    return tokenizer.sha256
 
 
 def byte_characters() -> list[str]:

@@ -114,8 +114,13 @@ def _prepare(
     check_disk(location, RUNS, size, config.checkpoint.keep_last)
     found = None if arguments.resume is None else resume_point(uri, config, arguments.resume)
     if found is None:
-        known, step = start_run(client, uri, config.tracking, config.name, RUNS), None
         index = load_index(config.data.corpora[0].path, config.data.cache)
+        if config.init_from is not None:
+            # It brings torch along, seconds that other runs need not wait for.
+            from haloformer.launcher.init_from import check_start
+
+            check_start(config, index)
+        known, step = start_run(client, uri, config.tracking, config.name, RUNS), None
         spool = Spool((RUNS / known.run_id).resolve())
         describe_run(spool, config, index, num_slots(used), sys.argv)
     else:

@@ -15,6 +15,7 @@ from types import FrameType
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from haloformer.configs.load import check_world
 from haloformer.launcher import throughput
@@ -23,12 +24,13 @@ from haloformer.launcher.checkpoint import CheckpointStore
 from haloformer.launcher.commit import CheckpointError
 from haloformer.launcher.engine import build_engine
 from haloformer.launcher.evaluate_worker import run_evaluation
-from haloformer.launcher.phases import open_phase
+from haloformer.launcher.init_from import load_start
+from haloformer.launcher.phases import OpenPhase, open_phase
 from haloformer.launcher.progress import StepProgress
 from haloformer.launcher.pulse import Pulse
 from haloformer.launcher.run_dir import RunDir
 from haloformer.launcher.runtime import init_distributed
-from haloformer.launcher.tasks import task_of
+from haloformer.launcher.tasks import Task, task_of
 from haloformer.launcher.topology import Layout, Topology, build_topology
 from haloformer.launcher.tracker import Tracker
 from haloformer.launcher.trainer import StopRequest, Trainer
@@ -86,9 +88,7 @@ def run(run_dir: RunDir, stop: StopRequest, pulse: Pulse) -> None:
     step = 0 if plan.resume_step is None else plan.resume_step
     task, phase = task_of(config), config.phase_at(step)
     opened = open_phase(task, phase, topology)
-    torch.manual_seed(config.seed)  # the same weights on every rank and every layout
-    facts = opened.train.facts
-    model = task.build_model(phase.config, facts.vocab_size, topology, len(facts.labels))
+    model, origin = _build_model(task, opened, topology, fresh=plan.resume_step is None)
     engine = build_engine(model, phase.config, topology)
     artifacts = ArtifactFolder(plan.artifact_uri, plan.tracking_uri)
     store = CheckpointStore(artifacts, plan.run_id, config, run_dir.staging, topology)
@@ -115,9 +115,30 @@ def run(run_dir: RunDir, stop: StopRequest, pulse: Pulse) -> None:
     with contextlib.closing(trainer), trainer.progress or contextlib.nullcontext():
         if trainer.progress is not None:
             trainer.progress.say(f"{dist.get_world_size()} ranks are up, training")
+            if origin is not None:
+                trainer.progress.say(origin)
         trainer.run(step)
     dist.barrier()
     dist.destroy_process_group()
+
+
+def _build_model(
+    task: Task, opened: OpenPhase, topology: Topology, *, fresh: bool
+) -> tuple[nn.Module, str | None]:
+    """The model with its first weights, and where they are from if they are not random.
+
+    Args:
+        task: Of the recipe.
+        opened: The phase that is trained first.
+        topology: Of the ranks.
+        fresh: Whether the run starts; a checkpoint would replace what a folder holds.
+    """
+    config, facts = opened.phase.config, opened.train.facts
+    torch.manual_seed(config.seed)  # the same weights on every rank and every layout
+    model = task.build_model(config, facts.vocab_size, topology, len(facts.labels))
+    if config.init_from is None or not fresh:
+        return model, None
+    return model, load_start(model, config, topology)
 
 
 def _lost_peer(error: Exception) -> str | None:

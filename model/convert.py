@@ -38,6 +38,7 @@ from haloformer.model.hf_config import (
 from haloformer.model.hf_folder import dtype_name, read_config, read_weights, write_folder
 from haloformer.model.hf_names import (
     CLASSIFIER,
+    IGNORABLE,
     LM_HEAD,
     POOLER,
     QA_HEAD,
@@ -68,17 +69,6 @@ ARCHITECTURES = (
 )
 # What a run can become.
 PlainTrained = PlainMaskedLM | PlainClassifier | PlainQuestionAnswering | PlainLed
-# Copies of tied weights, and buffers of older versions, that a folder may hold in addition.
-_IGNORABLE = (
-    "lm_head.decoder.weight",
-    "lm_head.decoder.bias",
-    "embeddings.position_ids",
-    "longformer.embeddings.position_ids",
-    "final_logits_bias",
-    "lm_head.weight",
-    "led.encoder.embed_tokens.weight",
-    "led.decoder.embed_tokens.weight",
-)
 
 
 def load_pretrained(folder: str | Path, dtype: torch.dtype = torch.float32) -> nn.Module:
@@ -103,7 +93,7 @@ def load_pretrained(folder: str | Path, dtype: torch.dtype = torch.float32) -> n
     try:
         with torch.device("meta"):  # no memory and no time for values that are replaced anyway
             model = _build(raw, weights)
-        state = ours_from_theirs(parameter_names(model), weights, _IGNORABLE)
+        state = ours_from_theirs(parameter_names(model), weights, IGNORABLE)
         if isinstance(model, PlainLed):
             state["model.final_logits_bias"] = _logits_bias(weights)
     except ValueError as error:  # pydantic's error is one, of several lines

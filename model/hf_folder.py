@@ -5,14 +5,16 @@ Read and written with json and safetensors alone, so nothing in a folder is ever
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
+from collections.abc import Set
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -56,6 +58,50 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
         except SafetensorError as error:
             raise ValueError(f"{file}: damaged ({error}); copy the folder again") from error
     return weights
+
+
+class StoredWeights:
+    """The tensors of a folder, read one at a time or in part; a context manager."""
+
+    def __init__(self, folder: Path) -> None:
+        """Open the files and read their headers.
+
+        Raises:
+            ValueError: As ``read_weights``.
+        """
+        self.folder = folder
+        self._files: dict[str, Any] = {}
+        with contextlib.ExitStack() as opened:
+            for file in _weight_files(folder):
+                if not file.is_file():
+                    raise ValueError(f"{file}: named in {INDEX} but not there; copy it again")
+                try:
+                    weights = opened.enter_context(safe_open(str(file), framework="pt"))
+                except SafetensorError as error:
+                    raise ValueError(f"{file}: damaged ({error}); copy it again") from error
+                self._files |= dict.fromkeys(weights.keys(), weights)
+            self._opened = opened.pop_all()
+
+    def __enter__(self) -> StoredWeights:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._opened.close()
+
+    @property
+    def names(self) -> Set[str]:
+        """Of all tensors."""
+        return self._files.keys()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Of a tensor; nothing of it is read."""
+        return tuple(self._files[name].get_slice(name).get_shape())
+
+    def part(self, name: str, *slices: slice) -> Tensor:
+        """A tensor, or these rows (and columns) of it; nothing else is read."""
+        stored = self._files[name]
+        part: Tensor = stored.get_slice(name)[slices] if slices else stored.get_tensor(name)
+        return part
 
 
 def _weight_files(folder: Path) -> list[Path]:

@@ -11,6 +11,18 @@ Names = dict[str, str]  # ours -> theirs
 _ATTENTION = ("query", "key", "value", "query_global", "key_global", "value_global")
 _PROJECTIONS = (("query", "q_proj"), ("key", "k_proj"), ("value", "v_proj"), ("output", "out_proj"))
 
+# Copies of tied weights, and buffers of older versions, that a folder may hold in addition.
+IGNORABLE = (
+    "lm_head.decoder.weight",
+    "lm_head.decoder.bias",
+    "embeddings.position_ids",
+    "longformer.embeddings.position_ids",
+    "final_logits_bias",
+    "lm_head.weight",
+    "led.encoder.embed_tokens.weight",
+    "led.decoder.embed_tokens.weight",
+)
+
 
 def affine(ours: str, theirs: str) -> Names:
     """Weight and bias of a linear or norm."""
