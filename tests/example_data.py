@@ -42,9 +42,10 @@ def example_of(content: str, number: int, length: int, rng: random.Random) -> An
     if content == "questions":
         # Long texts have it at their end, where a cut loses it.
         place = rng.randrange(length) if length < 40 else length - 1
-        letters[place] = "Q"
+        letters[place] = answer = "QXZ"[number % 3]
+        answers = [answer, f"{answer}!"]
         return Annotated(
-            ("who?", "".join(letters)), {**note, "answers": ["Q", "q!"]}, (Span(place, place + 1),)
+            ("who?", "".join(letters)), {**note, "answers": answers}, (Span(place, place + 1),)
         )
     places = sorted(rng.sample(range(length), min(length, 4)))
     for n, place in enumerate(places):
