@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import getpass
 import importlib.metadata
+import itertools
 import json
 import platform
 import shlex
@@ -110,14 +111,15 @@ def _summary(
 ) -> str:
     data, parallel = config.data, config.parallel
     size = num_parameters(config.model, index.vocab_size) / 1e6
-    lengths = " then ".join(str(phase.config.data.seq_len) for phase in config.all_phases())
     corpora = ", ".join(f"`{corpus.path}`" for corpus in data.corpora)
     data_ranks = num_ranks // (parallel.context * parallel.tensor)
     again = shlex.join(["haloformer", "train", *_without_resume(command[2:]), "--resume", run])
     return "\n".join(
         [
             f"**{config.name}**: a {config.model.kind} of {size:.1f} M parameters, trained for "
-            f"{config.steps} steps of {config.batch.global_batch} sequences of {lengths} tokens.",
+            f"{config.steps} steps on sequences of {lengths_of(config)} tokens.",
+            "",
+            *_phase_table(config),
             "",
             f"- data: {corpora} ({index.num_samples} {index.content}, {index.num_tokens} tokens "
             f"in the first), held out: `{data.eval}`; tokenizer: {index.tokenizer_kind}, "
@@ -131,6 +133,25 @@ def _summary(
             "`environment.txt` is what was installed, `checkpoints/` holds what can be resumed.",
         ]
     )
+
+
+def lengths_of(config: TrainConfig) -> str:
+    """The sequence lengths of a run as they follow each other, such as ``2048 then 4096``."""
+    lengths = (phase.config.data.seq_len for phase in config.all_phases())
+    return " then ".join(str(length) for length, _ in itertools.groupby(lengths))
+
+
+def _phase_table(config: TrainConfig) -> list[str]:
+    """Markdown: a line per phase; a run without phases has one."""
+    lines = ["| phase | steps | sequences | tokens | window | learning rate |", "|" + "---|" * 6]
+    for phase in config.all_phases():
+        recipe = phase.config
+        cells = (
+            *(phase.name, recipe.steps, recipe.batch.global_batch, recipe.data.seq_len),
+            *(recipe.model.attention_window, recipe.optim.learning_rate),
+        )
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    return lines
 
 
 def _without_resume(words: Sequence[str]) -> list[str]:

@@ -86,7 +86,7 @@ class Spool:
                 states[phase] = "RUNNING"
             elif phase is not None and status is not None:
                 states[phase] = status
-            elif status not in (None, "RUNNING"):
+            elif status is not None and status != "RUNNING":
                 states |= {n: status for n, state in states.items() if state == "RUNNING"}
         return states
 

@@ -25,7 +25,7 @@ from haloformer.launcher.model_artifact import spool_model
 from haloformer.launcher.plot import write_curve
 from haloformer.launcher.resume import AlreadyTrainedError, more_steps, resume_point
 from haloformer.launcher.run_dir import Plan, RunDir
-from haloformer.launcher.run_page import describe_run
+from haloformer.launcher.run_page import describe_run, lengths_of
 from haloformer.launcher.sources import check_data
 from haloformer.launcher.spool import Spool
 from haloformer.launcher.supervise import Job, supervise
@@ -153,7 +153,7 @@ def _announce(config: TrainConfig, vocab_size: int, job: Job) -> None:
     start = "from the start" if step is None else f"from step {step}"
     where = "" if len(job.used) == 1 else f" on {len(job.used)} hosts"
     data = config.data
-    length = " then ".join(str(phase.config.data.seq_len) for phase in config.all_phases())
+    length = lengths_of(config)
     if data.target_len is not None:
         length += f" -> {data.target_len}"
     parallel = config.parallel

@@ -10,6 +10,7 @@ import pytest
 from haloformer.data_pipeline.errors import DataError
 from haloformer.data_pipeline.index import load_index
 from haloformer.data_pipeline.packing import Span
+from haloformer.data_pipeline.rank_stream import seed_of_phase
 from haloformer.data_pipeline.reader import ShardReader
 from haloformer.data_pipeline.stream import EvalStream, TrainStream
 
@@ -288,3 +289,29 @@ def test_a_sequence_of_4096_is_ready_well_below_5_ms(make_dataset, make_config) 
         stream.next_batch()
         times.append(time.perf_counter() - began)
     assert min(times) < 5e-3
+
+
+def test_every_phase_reads_all_documents_in_an_order_of_its_own(make_dataset, make_config) -> None:
+    lengths = [7, 30, 12, 25, 3, 18]
+    folder, config = make_dataset(lengths), make_config(seq_len=16)
+    orders = set()
+    for phase in range(3):
+        stream = TrainStream(
+            folder, config, seed=seed_of_phase(5, phase), global_batch=1, data_rank=0, data_world=1
+        )
+        read: list[tuple[int, int]] = []  # document and token, of the first epoch
+        while len(read) < sum(lengths):
+            for epoch, _, sample, start, stop in stream.next_batch().spans[0]:
+                read += [(sample, token) for token in range(start, stop) if epoch == 0]
+        assert len(set(read)) == sum(lengths)
+        orders.add(tuple(dict.fromkeys(sample for sample, _ in read)))
+    assert len(orders) == 3
+
+
+def test_the_seed_of_a_phase_is_a_pure_function_and_that_of_the_first_is_the_runs() -> None:
+    seeds = {(seed, phase): seed_of_phase(seed, phase) for seed in range(20) for phase in range(20)}
+    assert all(seeds[seed, 0] == seed for seed in range(20))
+    assert len(set(seeds.values())) == 400
+    assert all(0 <= value < 2**63 for value in seeds.values())
+    # A checkpoint goes on in the order of its phase in any version: the numbers may not change.
+    assert seed_of_phase(5, 1) == 3493355584445147628
