@@ -19,6 +19,7 @@ from haloformer.data_pipeline.source_files import COMPRESSED, InputFile
 
 Part = Literal["train", "eval", "test"]
 PART_BYTES = 1 << 24
+TEXT8 = b"abcdefghijklmnopqrstuvwxyz "  # all that text8 holds
 
 
 class BytePart(NamedTuple):
@@ -29,20 +30,24 @@ class BytePart(NamedTuple):
     start: int
 
 
-def iter_byte_parts(files: Sequence[InputFile], holdout: float) -> Iterator[BytePart]:
+def iter_byte_parts(
+    files: Sequence[InputFile], holdout: float, allowed: bytes | None = None
+) -> Iterator[BytePart]:
     """Cut a file into training, validation and test bytes, and those into parts.
 
     Args:
         files: The one file.
         holdout: Share of the bytes for validation, and the same again for test, at the end of the
             file: 0.05 is the usual 90 : 5 : 5.
+        allowed: The bytes that may be in it; None: any.
 
     Raises:
-        DataError: If there are several files, it is compressed, or it changes meanwhile.
+        DataError: If there are several files, it is compressed, it changes meanwhile, or it holds
+            another byte.
     """
     if len(files) != 1 or files[0].path.suffix.lower() in COMPRESSED:
         raise DataError(
-            "enwik8 is read from one file, not compressed",
+            "bytes are read from one file, not compressed",
             file=files[0].path,
             remedy="unpack it, and name the file alone",
         )
@@ -60,5 +65,13 @@ def iter_byte_parts(files: Sequence[InputFile], holdout: float) -> Iterator[Byte
                 content = stream.read(min(PART_BYTES, end - start))
                 if not content:
                     raise DataError("the file became shorter", file=file.path)
+                others = content.translate(None, allowed) if allowed else b""
+                if others:
+                    raise DataError(
+                        f"byte {start + content.index(others[0])} is {others[:1]!r}, not one of "
+                        f"{allowed!r}",
+                        file=file.path,
+                        remedy="give --format enwik8, which takes any bytes",
+                    )
                 yield BytePart(content, part, start)
                 start += len(content)

@@ -47,7 +47,7 @@ MAX_NOTE_BYTES = 1 << 20  # of one example
 Content = Literal["documents", "pairs", "classification", "questions", "choices", "coreference"]
 _RECORDS: dict[Content, np.dtype[np.void]] = {"documents": RECORD, "pairs": PAIR_RECORD}
 _FORMATS: dict[Content, str] = {
-    "documents": "text, jsonl, mediawiki or enwik8",
+    "documents": "text, jsonl, mediawiki, enwik8 or text8",
     "pairs": "pairs, mediawiki_lead or arxiv",
     "classification": "imdb or hyperpartisan",
     "questions": "triviaqa or hotpotqa",

@@ -1,7 +1,7 @@
 """Turns text into a data set of tar shards, in bounded memory, all or nothing.
 
     OUTPUT/train/  OUTPUT/eval/   two data sets, split by document
-    OUTPUT/test/                  of enwik8 a third, all split by bytes
+    OUTPUT/test/                  of enwik8 and text8 a third, all split by bytes
     OUTPUT/prepare.json           what they were made of: the same request again is answered by it
 
 Everything is written into a hidden folder beside OUTPUT and renamed at the end, so OUTPUT is either
@@ -35,6 +35,7 @@ from haloformer.data_pipeline.sources import (
     SourceFormat,
     content_of,
     find_inputs,
+    is_bytes,
     iter_documents,
     labels_of,
 )
@@ -93,7 +94,7 @@ def prepare(
         tokenizer: ``byte``, ``train:N``, or a folder with vocab.json and merges.txt.
         output: The folder to make; if it was made by the same request it is used as it is.
         holdout: Share of documents that go to ``eval``, evenly spread; 0 makes no ``eval``. Of
-            ``enwik8`` the share of bytes for ``eval``, and again for ``test``.
+            ``enwik8`` and ``text8`` the share of bytes for ``eval``, and again for ``test``.
         shard_tokens: Largest number of tokens per shard (a longer document gets its own).
         keep_markup: Leave wiki markup as it is.
         overwrite: Replace a data set made by another request.
@@ -111,8 +112,8 @@ def prepare(
     files = find_inputs(inputs, source_format)
     labels = labels_of(files, source_format)
     ready = _ready_tokenizer(tokenizer)
-    if source_format == "enwik8" and (ready is None or ready.kind != "byte"):
-        raise DataError("enwik8 is bytes, not text", remedy="give --tokenizer byte")
+    if is_bytes(source_format) and (ready is None or ready.kind != "byte"):
+        raise DataError(f"{source_format} is bytes, not text", remedy="give --tokenizer byte")
     settings: dict[str, Any] = {
         "version": _VERSION,
         "format": source_format,

@@ -39,8 +39,8 @@ document; to train on a dump as it is, markup and all, give the .xml as text.
 
 Published data sets bring their own dev files: prepare each with --holdout 0 and the tokenizer of
 the training set, and let data.eval name the train folder of the dev file. Of these formats:
-  enwik8         one file of raw bytes, also text8; the last --holdout of it is DIR/test, the share
-                 before that DIR/eval (90 : 5 : 5); a document is 16 MiB
+  enwik8, text8  one file of raw bytes; the last --holdout of it is DIR/test, the share before
+                 that DIR/eval (90 : 5 : 5); a document is 16 MiB
   arxiv          JSON lines of Cohan et al. 2018 (arXiv, PubMed): papers and their abstracts
   imdb           a folder with neg/ and pos/
   hyperpartisan  articles-*.xml of SemEval-2019 task 4, ground-truth-*.xml beside it
@@ -81,8 +81,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder to make")
     parser.add_argument(
         "--holdout", type=float, default=DEFAULT_HOLDOUT, metavar="SHARE",
-        help="share of documents for DIR/eval (default %(default)s), of enwik8 also for DIR/test; "
-        "0 makes no eval part",
+        help="share of documents for DIR/eval (default %(default)s), of enwik8 and text8 "
+        "also for DIR/test; 0 makes no eval part",
     )  # fmt: skip
     parser.add_argument(
         "--shard-tokens", type=int, default=DEFAULT_SHARD_TOKENS, metavar="N",

@@ -16,7 +16,7 @@ from typing import Literal, get_args
 
 from haloformer.data_pipeline.annotated import Annotated
 from haloformer.data_pipeline.arxiv import read_arxiv
-from haloformer.data_pipeline.byte_parts import Part, iter_byte_parts
+from haloformer.data_pipeline.byte_parts import TEXT8, Part, iter_byte_parts
 from haloformer.data_pipeline.conll import read_conll2012
 from haloformer.data_pipeline.errors import DataError
 from haloformer.data_pipeline.hyperpartisan import LABELS, ground_truth_of, read_hyperpartisan
@@ -38,7 +38,7 @@ from haloformer.data_pipeline.source_files import (
 )
 
 SourceFormat = Literal[
-    "text", "jsonl", "mediawiki", "enwik8", "pairs", "mediawiki_lead", "arxiv",
+    "text", "jsonl", "mediawiki", "enwik8", "text8", "pairs", "mediawiki_lead", "arxiv",
     "imdb", "hyperpartisan", "triviaqa", "hotpotqa", "wikihop", "conll2012",
 ]  # fmt: skip
 FORMATS: tuple[SourceFormat, ...] = get_args(SourceFormat)
@@ -117,6 +117,7 @@ _FORMATS: dict[SourceFormat, _Format] = {
     "jsonl": _Format("documents", _JSONL, _read_jsonl),
     "mediawiki": _Format("documents", _XML),
     "enwik8": _Format("documents", _ONE_FILE),
+    "text8": _Format("documents", _ONE_FILE),
     "pairs": _Format("pairs", _JSONL, _read_pairs),
     "mediawiki_lead": _Format("pairs", _XML),
     "arxiv": _Format("pairs", _ONE_FILE, read_arxiv),
@@ -132,6 +133,11 @@ _FORMATS: dict[SourceFormat, _Format] = {
 def content_of(source_format: SourceFormat) -> Content:
     """What a format holds."""
     return _FORMATS[source_format].content
+
+
+def is_bytes(source_format: SourceFormat) -> bool:
+    """Whether a format is bytes that are not decoded."""
+    return source_format in ("enwik8", "text8")
 
 
 def find_inputs(inputs: Sequence[Path], source_format: SourceFormat) -> list[InputFile]:
@@ -173,7 +179,7 @@ def iter_documents(
             ``pairs`` (JSONL, keys ``source`` and ``target``), ``mediawiki_lead`` (an article's
             sections and its lead), or a published data set: see the readers.
         keep_markup: Leave wiki markup as it is.
-        holdout: Of ``enwik8`` the share of bytes at its end for eval, and again for test.
+        holdout: Of bytes (``enwik8``, ``text8``) the share at the end for eval, and again for test.
 
     Yields:
         Documents without a byte-order mark. One whose (last) text is blank is ``LeftOut``.
@@ -181,8 +187,9 @@ def iter_documents(
     Raises:
         DataError: On unreadable content, naming file and line or record.
     """
-    if source_format == "enwik8":
-        for content, part, start in iter_byte_parts(files, holdout):
+    if is_bytes(source_format):
+        allowed = TEXT8 if source_format == "text8" else None
+        for content, part, start in iter_byte_parts(files, holdout, allowed):
             name = f"{files[0].name}: bytes {start}"
             yield Document(content, name, start + len(content), part)
         return

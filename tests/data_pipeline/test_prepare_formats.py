@@ -91,6 +91,15 @@ def test_bytes_need_the_byte_tokenizer_and_one_plain_file(tmp_path: Path) -> Non
         run(tmp_path / "enwik8.gz", "enwik8")
 
 
+def test_text8_holds_letters_and_blanks_and_nothing_else(tmp_path: Path) -> None:
+    path = tmp_path / "text8"
+    path.write_bytes(b" anarchism originated as a term" * 40)
+    assert b"".join(stored_bytes(run(path, "text8").train)) == path.read_bytes()
+    path.write_bytes(b" anarchism\n")
+    with pytest.raises(DataError, match=r"text8: byte 10 is b'\\n', not one of .* --format enwik8"):
+        run(path, "text8", overwrite=True)
+
+
 def hotpot(path: Path, count: int) -> Path:
     records = [
         {
