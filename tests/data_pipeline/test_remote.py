@@ -178,6 +178,29 @@ def test_what_was_cached_wrong_is_fetched_again(data: Path, web, tmp_path: Path)
     assert documents(index) == expected
 
 
+def test_annotations_over_http_are_those_of_the_disk_and_heal_like_tokens(
+    make_examples, tmp_path: Path
+) -> None:
+    folder = make_examples("questions", 8)
+
+    def notes(index) -> list[dict]:
+        reader = ShardReader(index)
+        sizes = [info.num_samples for info in index.shards]
+        return [reader.note(shard, n) for shard, size in enumerate(sizes) for n in range(size)]
+
+    expected, shard = notes(load_index(folder)), folder / "shard-000000.tar"
+    assert [entry["note"]["id"] for entry in expected] == [f"e{n}" for n in range(8)]
+    sound = shard.read_bytes()
+    with FileServer(folder.parent) as server:
+        index = load_index(remote_store(f"{server.url}/questions", tmp_path / "cache"))
+        shard.write_bytes(bytes(len(sound)))
+        with pytest.raises(CorruptSampleError, match="sample 0: the annotation is damaged"):
+            notes(index)
+        shard.write_bytes(sound)
+        assert notes(index) == expected
+        assert verify(f"{server.url}/questions").content == "questions"
+
+
 def test_the_cache_never_passes_its_limit_and_keeps_what_is_used(tmp_path: Path) -> None:
     limit, block = 50_000, b"x" * 1000
 
