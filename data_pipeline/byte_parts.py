@@ -64,7 +64,9 @@ def iter_byte_parts(
             while start < end:
                 content = stream.read(min(PART_BYTES, end - start))
                 if not content:
-                    raise DataError("the file became shorter", file=file.path)
+                    raise DataError(
+                        "it became shorter while it was read", file=file.path, remedy="start again"
+                    )
                 others = content.translate(None, allowed) if allowed else b""
                 if others:
                     raise DataError(

@@ -48,22 +48,20 @@ class _Part:
         for mark in [] if column in _NO_MENTION else column.split("|"):
             match = _MARK.fullmatch(mark)
             if match is None or not (match[1] or match[3]):
-                raise DataError(
-                    f"{mark!r} is no mark of a mention, such as (3 or 3) or (3)", file=place
-                )
+                raise _not_conll(f"{mark!r} is no mark of a mention, such as (3 or 3)", place)
             entity = int(match[2])
             if match[1]:
                 self.open.setdefault(entity, []).append(start)
             if match[3]:
                 if not self.open.get(entity):
-                    raise DataError(f"a mention of {entity} ends that never began", file=place)
+                    raise _not_conll(f"a mention of {entity} ends that never began", place)
                 mention = (self.open[entity].pop(), self.length)
                 self.clusters.setdefault(entity, set()).add(mention)
 
     def example(self, place: str) -> Annotated:
         unfinished = [entity for entity, starts in self.open.items() if starts]
         if unfinished:
-            raise DataError(f"a mention of {unfinished[0]} never ends", file=place)
+            raise _not_conll(f"a mention of {unfinished[0]} never ends", place)
         spans = [
             Span(*mention, number)
             for number, cluster in enumerate(_merged(list(self.clusters.values())))

@@ -28,7 +28,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from haloformer.data_pipeline.mlm import IGNORED
-from haloformer.data_pipeline.sample_key import SampleKey
+from haloformer.data_pipeline.samples import SampleKey, padded
 
 ExampleContent = Literal["classification", "questions", "choices", "coreference"]
 MAX_ANSWERS = 64  # occurrences of an answer in one row (AI2's script)
@@ -160,11 +160,6 @@ def no_label(content: ExampleContent) -> NDArray[np.int64]:
     if content == "coreference":
         return np.empty((0, 3), np.int64)
     return np.array(IGNORED, np.int64)
-
-
-def padded(length: int, multiple: int) -> int:
-    """The next multiple, at least one: every context rank holds a row."""
-    return max(-(-length // multiple), 1) * multiple
 
 
 def _widest(counts: NDArray[np.int64]) -> int:

@@ -24,6 +24,7 @@ from haloformer.data_pipeline.source_files import InputFile
 LABELS = ("false", "true")
 _CHUNK = 1 << 16
 _MAX_ARTICLE_CHARACTERS = 1 << 24
+_REMEDY = "is it a file of SemEval-2019 task 4, as it was published?"
 _BLOCKS = ("p", "br", "li", "div", "h1", "h2", "h3", "h4", "tr", "blockquote")
 _TAG = re.compile(r"</?[A-Za-z][^<>]{0,500}>")
 
@@ -72,6 +73,7 @@ def _read_truth(path: Path) -> dict[str, bool]:
                 raise DataError(
                     f"an <article> with hyperpartisan={value!r}, not true or false, or without id",
                     file=f"{path}:{parser.CurrentLineNumber}",
+                    remedy=_REMEDY,
                 )
             truth[attributes["id"]] = value == "true"
 
@@ -96,7 +98,7 @@ class _Articles:
     def _start(self, name: str, attributes: dict[str, str]) -> None:
         if name == "article":
             if "id" not in attributes:
-                raise DataError("an <article> without id", file=self._place)
+                raise DataError("an <article> without id", file=self._place, remedy=_REMEDY)
             self._name, self._size = attributes["id"], 0
             self._parts = [attributes.get("title", ""), "\n"]
         elif name in _BLOCKS and self._parts is not None:
@@ -117,7 +119,9 @@ class _Articles:
         self._size += len(content)
         if self._size > _MAX_ARTICLE_CHARACTERS:
             raise DataError(
-                f"an article is longer than {_MAX_ARTICLE_CHARACTERS} characters", file=self._place
+                f"an article is longer than {_MAX_ARTICLE_CHARACTERS} characters",
+                file=self._place,
+                remedy=_REMEDY,
             )
         self._parts.append(content)
 

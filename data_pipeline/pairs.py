@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from haloformer.data_pipeline.mlm import IGNORED
 from haloformer.data_pipeline.reader import ShardReader
-from haloformer.data_pipeline.sample_key import SampleKey
+from haloformer.data_pipeline.samples import SampleKey, padded
 from haloformer.data_pipeline.tokenizers import Specials
 
 PairKey = SampleKey
@@ -61,8 +61,8 @@ class PairBatch:
         for start in range(0, len(self.sample_ids), micro_batch):
             part = slice(start, start + micro_batch)
             mask, labels = self.attention_mask[part], self.labels[part]
-            width = _padded(int(mask.sum(1).max()), self.pad_multiple)
-            num_labels = _padded(int((labels != IGNORED).sum(1).max()), self.pad_multiple)
+            width = padded(int(mask.sum(1).max()), self.pad_multiple)
+            num_labels = padded(int((labels != IGNORED).sum(1).max()), self.pad_multiple)
             yield PairBatch(
                 self.input_ids[part, :width],
                 self.decoder_input_ids[part, :num_labels],
@@ -125,8 +125,8 @@ class PairMaker:
 
     def stack(self, rows: Sequence[PairRow], sample_ids: Sequence[int]) -> PairBatch:
         """Stack rows, padded to the longest of them."""
-        width = _padded(max(len(row.source) for row in rows), self.pad_multiple)
-        num_labels = _padded(max(len(row.target) for row in rows), self.pad_multiple)
+        width = padded(max(len(row.source) for row in rows), self.pad_multiple)
+        num_labels = padded(max(len(row.target) for row in rows), self.pad_multiple)
         ids = np.full((len(rows), width), self.specials.pad, np.int64)
         labels = np.full((len(rows), num_labels), IGNORED, np.int64)
         lengths = np.array([len(row.source) for row in rows])
@@ -149,8 +149,3 @@ class PairMaker:
             keys=tuple(row.key for row in rows),
             pad_multiple=self.pad_multiple,
         )
-
-
-def _padded(length: int, multiple: int) -> int:
-    """The next multiple, at least one: every context rank holds a row."""
-    return max(-(-length // multiple), 1) * multiple

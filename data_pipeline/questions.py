@@ -78,7 +78,11 @@ def _evidence_folder(path: Path) -> Path:
 def _find_evidence(folder: Path, name: str, place: str) -> Path | None:
     pure = PurePosixPath(name)
     if pure.is_absolute() or ".." in pure.parts:
-        raise DataError(f"the file name {name!r} leads out of the evidence folder", file=place)
+        raise DataError(
+            f"the file name {name!r} leads out of the evidence folder",
+            file=place,
+            remedy="TriviaQA's own files have no such name: fetch the file again",
+        )
     # The names are in either form, and so are those of the files once they were unpacked.
     for form in ("NFC", "NFD"):
         path = folder / unicodedata.normalize(form, name)
@@ -148,7 +152,11 @@ def read_wikihop(stream: io.BufferedIOBase, file: InputFile) -> Iterator[Found]:
             raise _unanswered(place)
         answer = text_of(record, "answer", place, "wikihop")
         if answer not in candidates:
-            raise DataError(f"the answer {answer!r} is none of the candidates", file=place)
+            raise DataError(
+                f"the answer {answer!r} is none of the candidates",
+                file=place,
+                remedy="leave this record out",
+            )
         note = {
             "id": number,
             "label": candidates.index(answer),

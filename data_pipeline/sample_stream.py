@@ -27,7 +27,7 @@ from haloformer.data_pipeline.index import ShardIndex
 from haloformer.data_pipeline.order import EpochOrder
 from haloformer.data_pipeline.rank_stream import HeldOutStream, RankStream
 from haloformer.data_pipeline.reader import ShardReader
-from haloformer.data_pipeline.sample_key import SampleKey
+from haloformer.data_pipeline.samples import SampleKey
 from haloformer.data_pipeline.tokenizers import Tokenizer
 
 _MAX_EPOCHS = 8  # orders kept in memory; a batch lies in one or two epochs, a huge one in more

@@ -177,11 +177,10 @@ class DatasetWriter:
             origin: Where it comes from.
 
         Raises:
-            DataError: If the annotation is too long, or the label is none of the data set's.
+            DataError: If the annotation is too long.
         """
         assert self._content not in ("documents", "pairs") and len(segments[-1])
-        if self._content == "classification" and example.note["label"] not in self._labels:
-            raise DataError(f"label {example.note['label']!r} is not in {self._labels}")
+        assert self._content != "classification" or example.note["label"] in self._labels
         lengths = [len(segment) for segment in segments]
         facts = {"segments": lengths, "note": example.note, "spans": spans}
         self._add(_size(*example.segments), np.concatenate(segments), origin, facts, None)
