@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from haloformer.launcher.evaluators import Evaluator
 
 # Options that only some kinds of models have a use for; None where one is not given.
-OPTIONS_OF_KINDS = ("limit", "beams", "max_length", "no_repeat_ngram_size")
+OPTIONS_OF_KINDS = ("limit", "beams", "max_length", "no_repeat_ngram_size", "length", "stride")
 
 
 def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -33,8 +33,9 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         "evaluate",
         help="score a trained model on held-out data",
         description="Score a checkpoint on a folder of held-out data: a longformer_mlm by bits "
-        "per character and accuracy at masked places, a led by ROUGE of what it writes beside "
-        "the first sentences of the source. The scores go into the run.",
+        "per character and accuracy at masked places, a char_lm by bits per character in "
+        "overlapping windows, a led by ROUGE of what it writes beside the first sentences of the "
+        "source, the others by accuracy, exact match, F1 and CoNLL F1. The scores go into the run.",
         epilog="example: haloformer evaluate latest --data data/wiki_lead/eval --json rouge.json",
     )
     parser.add_argument("model", metavar="RUN_ID|latest|HF_DIR")
@@ -45,7 +46,7 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all that was found there")
     parser.add_argument(
         "--limit", type=_count, metavar="N",
-        help="only the first N sequences or pairs (default: all)",
+        help="only the first N sequences, pairs, examples, or windows of a char_lm (default: all)",
     )  # fmt: skip
     parser.add_argument("--beams", type=_count, help="of a led: hypotheses; 1 is greedy (default)")
     parser.add_argument(
@@ -56,6 +57,15 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     parser.add_argument(
         "--no-repeat-ngram-size", type=int, metavar="N",
         help="of a led: no N tokens in a row come twice in an answer; 0 = may (default 3)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--length", type=_count, metavar="N",
+        help="of a char_lm: tokens of a window (default 32256, the paper's)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--stride", type=_count, metavar="N",
+        help="of a char_lm: tokens by which the window moves on, and of which it scores its last "
+        "(default 512, the paper's)",
     )  # fmt: skip
     parser.add_argument("--step", type=int, help="checkpoint of this step (default: the newest)")
     parser.add_argument(
