@@ -164,10 +164,10 @@ class Trainer:
         dropout = DropoutStep(config.seed, step)
         loss_sum = torch.zeros((), dtype=torch.float64, device=self.topology.device)
         for inputs in self.task.micro_batches(batch, config.batch.micro_batch, self.topology):
-            output = engine(*inputs, dropout)
-            backward(engine, rank_loss(output.loss_sum, num_targets, self.topology))
+            local_sum = engine(*inputs, dropout).loss_sum  # without the logits, which are large
+            backward(engine, rank_loss(local_sum, num_targets, self.topology))
             engine.step()
-            loss_sum += output.loss_sum.detach()
+            loss_sum += local_sum.detach()
         dist.all_reduce(loss_sum, group=self.topology.data_context_group)
         loss = loss_sum.item() / max(num_targets, 1)
         values = {
