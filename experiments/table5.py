@@ -23,6 +23,7 @@ from transformers import LongformerForMaskedLM, RobertaConfig, RobertaForMaskedL
 
 POSITIONS = "longformer.embeddings.position_embeddings.weight"
 NUM_POSITIONS, WINDOW = 512, 64
+PLACE = WORK / "table5"
 
 
 def main() -> None:
@@ -30,32 +31,34 @@ def main() -> None:
     prepare_bytes()
     outcomes = []
     for seed in arguments.seeds:
-        place = WORK / "table5" / f"seed-{seed}"
-        short = train_short(place, seed)
-        outcomes.append(Outcome("short", seed, short, []))
+        outcomes.append(Outcome("short", seed, train_short(seed), []))
         for arm in ("copied", "random"):
-            train(place / arm, HERE / "long.yaml", seed, [f"init_from=../long-{arm}"])
-            curve = held_out(place / arm, "eval_bits_per_char")
+            folder = PLACE / f"{arm}-{seed}"
+            train(folder, HERE / "long.yaml", seed, [f"init_from=../long-{arm}-{seed}"])
+            curve = held_out(folder, "eval_bits_per_char")
             outcomes.append(Outcome(f"{arm}, untrained", seed, curve[0][1], []))
             outcomes.append(Outcome(f"{arm}, {curve[-1][0]} steps", seed, curve[-1][1], curve))
         print(f"seed {seed}: {[(o.arm, round(o.value, 3)) for o in outcomes[-5:]]}", flush=True)
     report("table5", outcomes, "held-out bits per character")
 
 
-def train_short(place: Path, seed: int) -> float:
+def train_short(seed: int) -> float:
     """Train the short model and make both long ones of it; its held-out bits per character."""
-    train(place / "short", HERE / "short.yaml", seed)
-    if not (place / "long-random").exists():
-        for name in ("exported", "roberta", "long-copied", "random.part"):
-            shutil.rmtree(place / name, ignore_errors=True)
-        haloformer(place / "short", "export", "latest", "../exported")
-        write_roberta(place / "exported", place / "roberta")
+    short = PLACE / f"short-{seed}"
+    train(short, HERE / "short.yaml", seed)
+    names = ("exported", "roberta", "long-copied", "random.part", "long-random")
+    exported, roberta, copied, partial, drawn = (PLACE / f"{name}-{seed}" for name in names)
+    if not drawn.exists():
+        for folder in (exported, roberta, copied, partial):
+            shutil.rmtree(folder, ignore_errors=True)
+        haloformer(short, "export", "latest", str(exported))
+        write_roberta(exported, roberta)
         sizes = ["--max-positions", str(NUM_POSITIONS), "--attention-window", str(WINDOW)]
-        haloformer(place, "convert", "roberta", "long-copied", *sizes)
-        shutil.copytree(place / "long-copied", place / "random.part")
-        draw_positions(place / "random.part" / "model.safetensors", seed)
-        (place / "random.part").rename(place / "long-random")
-    return held_out(place / "short", "eval_bits_per_char")[-1][1]
+        haloformer(PLACE, "convert", roberta.name, copied.name, *sizes)
+        shutil.copytree(copied, partial)
+        draw_positions(partial / "model.safetensors", seed)
+        partial.rename(drawn)
+    return held_out(short, "eval_bits_per_char")[-1][1]
 
 
 def write_roberta(longformer: Path, target: Path) -> None:
