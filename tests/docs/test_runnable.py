@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import doctest
+import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
 from doc_pages import RUNNABLE, RUNNABLE_LONG, Block, Page, pages
-from launcher_runs import haloformer
+from launcher_runs import command
 
+LIMIT_S = 400.0
 ALIKE = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 STORIES = [page.name for page in pages() if page.marked(RUNNABLE)]
 LONG_STORIES = [page.name for page in pages() if page.marked(RUNNABLE_LONG)]
@@ -32,21 +35,28 @@ def tell(page: Page, folder: Path) -> None:
 def run_python(block: Block, folder: Path, number: int) -> None:
     code = folder / f"block_{number}.py"
     code.write_text(block.text, encoding="utf-8")
-    done = subprocess.run(
-        [sys.executable, code.name], cwd=folder, capture_output=True, text=True, timeout=120
-    )
+    done = started([sys.executable, code.name], folder)
     assert done.returncode == 0, done.stderr
 
 
 def run_console(block: Block, folder: Path) -> None:
-    for command in block.commands():
-        typed = " ".join(command.words)
-        assert command.words[0] == "haloformer", f"{typed}: a page that runs has no other program"
-        done = haloformer(folder, command.words[1:])
-        assert done.returncode == 0, f"{typed}\n{done.stdout}\n{done.stderr}"
-        shown = command.output
+    for typed in block.commands():
+        line = " ".join(typed.words)
+        assert typed.words[0] == "haloformer", f"{line}: a page that runs has no other program"
+        done = started(command(typed.words[1:]), folder)
+        assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
+        shown = typed.output
         same = doctest.OutputChecker().check_output(shown, done.stdout, ALIKE)
-        assert not shown.strip() or same, f"{typed}\nshown:\n{shown}\nseen:\n{done.stdout}"
+        assert not shown.strip() or same, f"{line}\nshown:\n{shown}\nseen:\n{done.stdout}"
+
+
+def started(words: Sequence[str], folder: Path) -> subprocess.CompletedProcess[str]:
+    """Run a program in the reader's folder, with no server and a thread per rank."""
+    inherited = {k: v for k, v in os.environ.items() if k != "MLFLOW_TRACKING_URI"}
+    return subprocess.run(
+        words, cwd=folder, env={**inherited, "OMP_NUM_THREADS": "1"}, capture_output=True,
+        text=True, timeout=LIMIT_S,
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("name", STORIES)
