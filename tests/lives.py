@@ -177,6 +177,22 @@ class Runner:
                 (known.mlflow_id,),
             ).fetchall()
 
+    def told_of_phases(self) -> list[tuple[str, str, int, float]]:
+        """Phase, its status, step and loss of all that MLflow has heard of the phases."""
+        known = read_known(self.run_dir.path)
+        assert known is not None
+        with contextlib.closing(sqlite3.connect(self.database)) as database:
+            return database.execute(
+                "SELECT phase.value, runs.status, metrics.step, metrics.value FROM runs"
+                " JOIN tags AS parent ON parent.run_uuid = runs.run_uuid"
+                "  AND parent.key = 'mlflow.parentRunId' AND parent.value = ?"
+                " JOIN tags AS phase ON phase.run_uuid = runs.run_uuid"
+                "  AND phase.key = 'haloformer.phase'"
+                " JOIN metrics ON metrics.run_uuid = runs.run_uuid AND metrics.key = 'loss'"
+                " ORDER BY metrics.step",
+                (known.mlflow_id,),
+            ).fetchall()
+
     def leftovers(self) -> list[int]:
         """Steps with files but no manifest."""
 

@@ -2,17 +2,19 @@
 
     python tests/faults/kill.py --kills 50 --seed 1
 
-A small run is trained once without disturbance. Then it is trained again and again, and each life
-ends with SIGKILL of a random rank at a random moment (in a step, after the snapshot of a
-checkpoint, in any phase of its commit) until the kills are used up. Every run that comes to its
-end must have the same losses, gradient norms, held-out losses and final weights and moments as the
-undisturbed one, bit for bit; MLflow must know each loss once.
+A small run of three phases is trained once without disturbance. Then it is trained again and
+again, and each life ends with SIGKILL of a random rank at a random moment (in a step, after the
+snapshot of a checkpoint, anywhere in its commit) until the kills are used up. Every run that comes
+to its end must have the same losses, gradient norms, held-out losses and final weights and moments
+as the undisturbed one, bit for bit; MLflow must know each loss once, and once in the run of its
+phase.
 
 The seed repeats the ranks, steps, phases and delays; where in a step a delay ends is the clock's.
 """
 
 import argparse
 import contextlib
+import itertools
 import random
 import sys
 import tempfile
@@ -33,7 +35,14 @@ from lives import Runner
 from servers import TrackingServer
 
 RANKS = 2
-STEPS = 24
+STAGES = (
+    {"steps": 6, "seq_len": 64, "attention_window": 8, "global_batch": 8},
+    {"steps": 8, "micro_batch": 2, "warmup_steps": 2},
+    {"steps": 10, "learning_rate": 0.002},
+)
+# 6, 14 and 24: at a checkpoint, between two, at the last.
+ENDS = tuple(itertools.accumulate(stage["steps"] for stage in STAGES))
+STEPS = ENDS[-1]
 EVERY = 3  # steps between two checkpoints
 LONGEST_DELAY_S = 0.3  # some steps of this model
 PLACES = ("step", "step", "snapshot", "in_upload", *PHASES)
@@ -142,7 +151,11 @@ def kill(folder: Path, num_kills: int, chance: random.Random, server: str | None
     assert truth.live(RANKS), "nobody was to be killed"
     records, files, told = truth.records(), truth.files(), truth.told()
     assert len(records) > STEPS and files and len(told) == STEPS
-    print(f"undisturbed: {STEPS} steps, a checkpoint every {EVERY}", flush=True)
+    phases = truth.told_of_phases()
+    assert phases == [
+        (str(sum(step > end for end in ENDS)), "FINISHED", step, loss) for step, loss in told
+    ]
+    print(f"undisturbed: {STEPS} steps in 3 phases, a checkpoint every {EVERY}", flush=True)
     died: Counter[str] = Counter()
     number = 0
     while died.total() < num_kills:
@@ -160,6 +173,7 @@ def kill(folder: Path, num_kills: int, chance: random.Random, server: str | None
         assert run.records() == records, f"run {number}: the losses differ"
         assert run.files() == files, f"run {number}: the final checkpoint differs"
         assert run.told() == told, f"run {number}: MLflow heard other losses, or twice"
+        assert run.told_of_phases() == phases, f"run {number}: MLflow heard else of the phases"
         assert not run.leftovers(), f"run {number}: files of {run.leftovers()} were left"
         print(
             f"run {number}: killed {died.total() - before} times, then as undisturbed, bit for "
@@ -172,7 +186,7 @@ def kill(folder: Path, num_kills: int, chance: random.Random, server: str | None
 
 def new_run(folder: Path, name: str, server: str | None) -> Runner:
     run = Runner(folder, name, server)
-    run.recipe |= {"steps": STEPS, "checkpoint": {"every": EVERY}, "eval": {"batches": 2}}
+    run.recipe |= {"phases": STAGES, "checkpoint": {"every": EVERY}, "eval": {"batches": 2}}
     return run
 
 
