@@ -177,11 +177,11 @@ def train(raw, vocab, messages, weigh):
             engine.train()
             with torch.profiler.record_function(f"step {number}"):
                 for inputs in task.micro_batches(batch, config.batch.micro_batch, topology):
-                    output = engine(*inputs, DropoutStep(0, number))
-                    backward(engine, rank_loss(output.loss_sum, targets, topology))
+                    local_sum = engine(*inputs, DropoutStep(0, number)).loss_sum
+                    backward(engine, rank_loss(local_sum, targets, topology))
                     engine.step()
         seen = dict(messages.bytes)
-        del output, inputs
+        del local_sum, inputs
     engine.destroy()
     destroy_topology(topology)
     gc.collect()
