@@ -250,3 +250,24 @@ def test_an_led_with_a_constant_per_token_is_refused(tmp_path) -> None:
     peer.save_pretrained(tmp_path / "peer")
     with pytest.raises(ValueError, match="final_logits_bias is not zero, which checkpoints"):
         check(raw)
+
+
+def test_a_converted_roberta_is_a_start(project: Path, tmp_path, capsys) -> None:
+    config = transformers.RobertaConfig(**{**SIZES, "max_position_embeddings": 34})
+    transformers.RobertaForMaskedLM(config).save_pretrained(tmp_path / "short")
+    words = ["--max-positions", "128", "--attention-window", "8"]
+    assert main(["convert", str(tmp_path / "short"), str(tmp_path / "long"), *words]) == 0
+    raw = recipe(project, "mlm")
+    check(raw | {"init_from": str(tmp_path / "long")})
+    with pytest.raises(
+        ValueError, match=r"RobertaForMaskedLM, .* make one of a RoBERTa with 'halo"
+    ):
+        check(raw | {"init_from": str(tmp_path / "short")})
+
+
+def test_models_that_have_no_such_start_are_refused(project: Path) -> None:
+    sizes = recipe(project, "mlm")["model"]
+    char_lm = {key: sizes[key] for key in ("hidden_size", "num_layers", "num_heads", "ffn_size")}
+    char_lm |= {"kind": "char_lm", "max_positions": 128, "attention_window": 8}
+    with pytest.raises(ValueError, match="transformers has no char_lm to start from"):
+        check(recipe(project, "mlm") | {"model": char_lm})
