@@ -117,6 +117,18 @@ def pages() -> list[Page]:
     return [Page(ROOT / "README.md"), *map(Page, sorted((ROOT / "docs").rglob("*.md")))]
 
 
+def recipe_heads() -> dict[str, list[Command]]:
+    """The commands in the comments of the recipes that ship, by file."""
+    found = {}
+    for path in sorted((ROOT / "configs" / "recipes").glob("*.yaml")):
+        lines = path.read_text(encoding="utf-8").splitlines()
+        comment = "\n".join(line[1:].strip() for line in lines if line.startswith("#"))
+        typed = comment.replace("\\\n", " ").splitlines()
+        words = [shlex.split(line) for line in typed if line.startswith("haloformer ")]
+        found[path.name] = [Command(tuple(command), "") for command in words]
+    return found
+
+
 @cache
 def messages_of_the_code() -> tuple[str, ...]:
     """Every text in our code, a gap of an f-string cutting it in two."""

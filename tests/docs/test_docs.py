@@ -20,6 +20,7 @@ from doc_pages import (
     Page,
     messages_of_the_code,
     pages,
+    recipe_heads,
 )
 from haloformer.configs.load import check_world, load_config
 from haloformer.configs.models import MODEL_CONFIGS
@@ -28,8 +29,10 @@ from haloformer.launcher.cli import COMMANDS, build_parser
 from haloformer.launcher.hosts import num_slots, read_hostfile
 
 PAGES = {page.name: page for page in pages()}
-# The README's example needs tensors of the reader's.
-WITH_PYTHON = [n for n, p in PAGES.items() if p.python() and n != "README.md"]
+HEADS = recipe_heads()
+# The README's example needs tensors of the reader's; stories run as a whole, in test_runnable.
+STORIES = [n for n, p in PAGES.items() if p.marked(RUNNABLE) or p.marked(RUNNABLE_LONG)]
+WITH_PYTHON = [n for n, p in PAGES.items() if p.python() and n not in ("README.md", *STORIES)]
 LONGEST_PAGE = 140
 
 # A path of the repository: one of its folders, then something with an ending, or a folder in it.
@@ -44,19 +47,19 @@ def named(page: str) -> Page:
     return PAGES[page]
 
 
-def typed_commands(page: Page) -> list[Sequence[str]]:
-    """The words of each haloformer command of a page, without what stands for something else."""
-    commands = [command.words for command in page.commands()]
+def typed_commands(commands: Sequence[Command]) -> list[Sequence[str]]:
+    """The words of each haloformer command, without what stands for something else."""
+    typed = [command.words for command in commands]
     return [
         [word for word in words[1:] if not re.search(r"^\[|\]$|\.\.\.", word)]
-        for words in commands
+        for words in typed
         if words[0] == "haloformer"
     ]
 
 
-@pytest.mark.parametrize("name", PAGES)
+@pytest.mark.parametrize("name", [*PAGES, *HEADS])
 def test_every_command_is_one_that_the_command_line_takes(name, capsys):
-    for words in typed_commands(named(name)):
+    for words in typed_commands(HEADS[name] if name in HEADS else named(name).commands()):
         try:
             build_parser(words[0]).parse_args(words)
         except SystemExit:
@@ -83,11 +86,12 @@ def _help_of(words: Sequence[str]) -> str:
     return shown.getvalue()
 
 
-@pytest.mark.parametrize("name", PAGES)
+@pytest.mark.parametrize("name", [*PAGES, *HEADS])
 def test_every_recipe_loads_with_its_overrides_and_fits_its_ranks(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    named(name).write_files(tmp_path)
-    for words in typed_commands(named(name)):
+    if name in PAGES:
+        named(name).write_files(tmp_path)
+    for words in typed_commands(HEADS[name] if name in HEADS else named(name).commands()):
         if words[0] not in ("train", "plan") or "RECIPE" in words[1]:
             continue
         arguments = build_parser(words[0]).parse_args(words)
@@ -113,8 +117,6 @@ def test_every_whole_recipe_of_a_page_is_valid(name, tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", WITH_PYTHON)
 def test_python_runs_and_prints_what_the_page_says(name, tmp_path, monkeypatch):
     page = named(name)
-    if page.marked(RUNNABLE) or page.marked(RUNNABLE_LONG):
-        pytest.skip("runs with the commands of its page")
     monkeypatch.chdir(tmp_path)
     code = page.python()
     (tmp_path / "page.py").write_text(code, encoding="utf-8")
@@ -197,7 +199,7 @@ def test_every_error_of_the_troubleshooting_page_is_one_of_the_code():
 
 
 def test_what_the_tests_look_for_is_found():
-    commands = [words for page in PAGES.values() for words in typed_commands(page)]
+    commands = [words for page in PAGES.values() for words in typed_commands(page.commands())]
     assert {words[0] for words in commands} >= {"prepare", "train", "evaluate", "export"}
     typed = Block("console", "$ haloformer doctor \\\n  --hostfile hosts  # all\nall well\n")
     assert typed.commands() == [

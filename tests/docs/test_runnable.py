@@ -14,7 +14,7 @@ import pytest
 from doc_pages import RUNNABLE, RUNNABLE_LONG, Block, Page, pages
 from launcher_runs import command
 
-LIMIT_S = 400.0
+LIMIT_S = 600.0
 ALIKE = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 STORIES = [page.name for page in pages() if page.marked(RUNNABLE)]
 LONG_STORIES = [page.name for page in pages() if page.marked(RUNNABLE_LONG)]
