@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -93,7 +93,7 @@ class Trainer:
     stop: StopRequest
     pulse: Pulse
     peak_flops: float
-    _skipped_before: int = 0
+    _skipped_before: int = field(default=0, init=False)
 
     def run(self, first_step: int) -> str:
         """Train from ``first_step`` to the end, or until asked to stop.
