@@ -155,21 +155,28 @@ class Rank:
             (target / f"{step}.json").write_text(json.dumps(self.opened.state(cursors)))
 
 
+def resumes(case):
+    """Steps from which a case is resumed."""
+    if case == CASES[0]:
+        return (1, 2, 3, 4, 5)
+    return (2, 3) if case.kind == "char_lm" else (3,)
+
+
 def walk(rank, world, cases, folder):
     """{case: (the undisturbed history, {step: history resumed there}, the same from other ranks)}.
 
-    The char LM has every ZeRO stage, so it is resumed everywhere; the others where it is hardest.
+    The first char LM is resumed everywhere; the others where phase 1 begins, and inside of it. Both
+    go through the border of phase 2.
     """
     seen = {}
     for case in cases:
         mine = Path(folder, f"{case}.checkpoints")
         whole = Rank(case, folder).train(STEPS, mine)
-        steps = range(1, STEPS) if case.kind == "char_lm" else (2, 3)
-        resumed = {first: Rank(case, folder, mine, first).train(STEPS) for first in steps}
+        resumed = {first: Rank(case, folder, mine, first).train(STEPS) for first in resumes(case)}
         reference = next(other for other in CASES if other.kind == case.kind)
         theirs = Path(folder, f"{reference}.checkpoints")
         elastic = {}
         if case != reference:
-            elastic = {first: Rank(case, folder, theirs, first).train(STEPS) for first in (2, 3)}
+            elastic = {3: Rank(case, folder, theirs, 3).train(STEPS)}
         seen[str(case)] = whole, resumed, elastic
     return seen
