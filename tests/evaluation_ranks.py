@@ -8,12 +8,14 @@ import torch
 import torch.distributed
 
 from haloformer.configs.schema import TrainConfig
+from haloformer.data_pipeline.tokenizer_json import write_for_transformers
 from haloformer.data_pipeline.tokenizers import ByteTokenizer
 from haloformer.launcher.artifacts import ArtifactFolder
 from haloformer.launcher.checkpoint import CheckpointStore
 from haloformer.launcher.engine import build_engine
 from haloformer.launcher.evaluate_kinds import evaluator_of
 from haloformer.launcher.evaluate_pace import EvaluationStoppedError, Pace
+from haloformer.launcher.evaluate_subject import open_subject
 from haloformer.launcher.evaluate_worker import Order, evaluate, load_model
 from haloformer.launcher.evaluators import Work
 from haloformer.launcher.known_runs import KnownRun
@@ -23,7 +25,9 @@ from haloformer.launcher.tasks import task_of
 from haloformer.launcher.topology import Layout, build_topology, destroy_topology
 from haloformer.launcher.trainer import StopRequest
 from haloformer.launcher.trainer import evaluate as training_evaluates
-from haloformer.model.hf_config import TokenIds, led_raw
+from haloformer.model.convert import save_pretrained
+from haloformer.model.hf_config import TokenIds, led_raw, longformer_raw
+from haloformer.model.plain import PlainMaskedLM
 from haloformer.model.plain_led import PlainLed
 from task_layouts import CHAR_LM, LED
 
@@ -137,13 +141,13 @@ def walk(rank, world, cases, folder):
     return {str(case): run_case(case, folder) for case in cases}
 
 
-def run_case(case, folder, hf_folder=None):
+def run_case(case, folder):
     config = config_of(case.kind, folder, case.context, case.tensor)
     topology = build_topology(Layout(case.data, case.context, case.tensor))
     given = OPTIONS[case.kind] | ({} if case.limit is None else {"limit": case.limit})
     settings = evaluator_of(config).settings(config, given)
     known = known_run(case.kind, folder)
-    order = Order(hf_folder, settings)
+    order = Order(None, settings)
     plan = Plan(
         known.run_id, known.tracking_uri, known.artifact_uri, {}, case.world, STEP, asdict(order)
     )
@@ -202,3 +206,33 @@ def stopped(rank, world, folder):
         except EvaluationStoppedError:
             return len(done)
     return None
+
+
+def export(rank, world, folder):
+    """The Longformer's checkpoint as a transformers folder, ``folder``/hf."""
+    os.environ["LOCAL_RANK"] = str(rank)
+    init_distributed()
+    config, known = config_of("longformer_mlm", folder), known_run("longformer_mlm", folder)
+    topology = build_topology(Layout(1, 1, 1))
+    model = task_of(config).build_model(config, ByteTokenizer.vocab_size, topology)
+    staging = Path(folder) / "staging"
+    store = CheckpointStore(known.artifacts(), known.run_id, config, staging, topology)
+    store.load_weights(model, STEP)
+    special = ByteTokenizer.specials
+    tokens = TokenIds(bos=special.bos, pad=special.pad, eos=special.eos)
+    raw = longformer_raw(config.model, ByteTokenizer.vocab_size, tokens)
+    save_pretrained(PlainMaskedLM(model, raw), Path(folder) / "hf")
+    write_for_transformers(ByteTokenizer(), Path(folder) / "hf", 48)
+    return of_folder(f"{folder}/hf", f"{folder}/char_lm", topology)
+
+
+def of_folder(name, data, topology):
+    """Scores of a transformers folder on one rank."""
+    subject = open_subject(name, None, None, data)
+    config = subject.config
+    settings = evaluator_of(config).settings(config, {})
+    plan = subject.plan(config, settings, 1)
+    task = task_of(config)
+    model = load_model(plan, config, Order(**plan.evaluation), task, Path(name), topology)
+    with Pace(topology, StopRequest(), None) as pace:
+        return asdict(evaluate(model, Work(config, task, topology, settings, pace)))

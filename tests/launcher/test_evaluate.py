@@ -1,18 +1,27 @@
 """A checkpoint gets the same scores on any layout, and they are what they are said to be."""
 
+import json
 import math
+import os
+import re
+import signal
+import subprocess
 
+import psutil
 import pytest
 
+import launcher_runs
 from dist import run_ranks
-from evaluation_ranks import Case, plain_answers, stopped, walk, write
+from evaluation_ranks import Case, export, plain_answers, stopped, walk, write
 from haloformer.configs.schema import TrainConfig
+from haloformer.data_pipeline.shards import DatasetWriter
+from haloformer.data_pipeline.tokenizers import ByteTokenizer
 from haloformer.launcher.evaluate_char_lm import CharLmEvaluator
 from haloformer.launcher.evaluate_command import table
 from haloformer.launcher.evaluate_led import LedEvaluator
 from haloformer.launcher.evaluate_mlm import MaskedLmEvaluator
 from haloformer.launcher.evaluate_subject import with_mesh
-from launcher_runs import TINY
+from launcher_runs import TINY, haloformer
 from task_layouts import NUM_PAIRS, write_data
 
 KINDS = ("longformer_mlm", "char_lm", "led")
@@ -105,6 +114,54 @@ def test_a_limit_keeps_the_first_ones(outcomes):
 
 def test_all_ranks_stop_together_when_one_is_asked_to(folder):
     assert run_ranks(2, stopped, str(folder)) == [2, 2]
+
+
+def test_the_command_scores_a_transformers_folder_on_two_ranks(folder, losses):
+    (alone,) = run_ranks(1, export, str(folder))
+    # The recipe's sequences have 47 tokens, the model reads 48: other cuts, other masks.
+    assert alone["scores"]["model"]["nats_per_token"] == pytest.approx(
+        losses["longformer_mlm"], rel=0.2
+    )
+    command = ["evaluate", "hf", "--data", "char_lm", "--ranks", "2", "--json", "found.json"]
+    done = haloformer(folder, command)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "not logged: a folder has no run" in done.stdout and "tokens" in done.stderr
+    record = json.loads((folder / "found.json").read_text())
+    assert record["folder"] == str(folder / "hf") and record["count"] == alone["count"]
+    assert record["scores"]["model"] == pytest.approx(alone["scores"]["model"], rel=1e-6)
+    for value in record["scores"]["model"].values():
+        assert f"{value:.4f}" in done.stdout
+    assert not list((folder / "runs").glob(".evaluate-*"))
+
+
+def test_ctrl_c_ends_all_ranks_and_leaves_nothing(folder, losses):
+    text = "many words in a line " * 150
+    (folder / "long").mkdir()
+    with DatasetWriter(folder / "long", ByteTokenizer(), 10_000) as writer:
+        writer.add(text, ByteTokenizer().encode(text), "one document")
+        writer.close()
+    # As many turns as characters, a second at least for every hundred of them.
+    options = ["--length", "30", "--stride", "1", "--ranks", "2", "--json", "never.json"]
+    command = ["evaluate", "char-lm", "--data", "long", *options]
+    process = subprocess.Popen(
+        launcher_runs.command(command), cwd=folder, env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    said = ""
+    for line in process.stdout:
+        said += line
+        if re.match(r"\d+/\d+ tokens", line):
+            break
+    ranks = psutil.Process(process.pid).children(recursive=True)
+    assert len(ranks) >= 3  # the runner and its two ranks
+    process.send_signal(signal.SIGINT)
+    said += process.communicate(timeout=launcher_runs.LIMIT_S)[0]
+    assert process.returncode == 130, said
+    assert "ending; once more ends the ranks at once" in said and "nothing was scored" in said
+    assert "Traceback" not in said and "collective failed" not in said
+    assert not psutil.wait_procs(ranks, timeout=10)[1], "ranks are left behind"
+    assert not (folder / "never.json").exists()
+    assert not list((folder / "runs").glob(".evaluate-*"))
 
 
 @pytest.mark.parametrize(
