@@ -25,11 +25,9 @@ from haloformer.launcher.plan_activations import (
     head_of,
     layer_kept,
 )
-from haloformer.launcher.plan_model import FP32, Model, Part, Rows, Split, parts_of
+from haloformer.launcher.plan_model import BUCKET, FP32, Model, Part, Rows, Split, parts_of
 from haloformer.launcher.plan_traffic import flat_groups
 
-# Elements that DeepSpeed reduces at once (engine._BUCKET).
-BUCKET = 25_000_000
 # Elements that DeepSpeed sums at once at ZeRO-0, and in bf16 at ZeRO-1 (its own constant).
 _ALL_AT_ONCE = 500_000_000
 _INT64 = 8
@@ -153,7 +151,9 @@ def _stays(state: _State) -> Counter[str]:
         # Its own share, and what the forward pass gathers and the backward keeps.
         stays["weights"] = width * (state.partition + state.whole)
         stays["gradients"] = FP32 * state.partition
-        stays["buffers"] = width * state.bucket
+        # The bucket of gradients is in the dtype of the sums; what is fetched ahead is gathered
+        # into one buffer, from which each weight is then copied.
+        stays["buffers"] = (FP32 + width) * state.bucket
     return stays
 
 

@@ -18,6 +18,8 @@ from haloformer.kernels.spec import WindowSpec
 
 LayerKind = Literal["encoder", "decoder", "char"]
 FP32 = 4  # bytes
+# Elements that DeepSpeed reduces or fetches at once (engine._BUCKET).
+BUCKET = 25_000_000
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from haloformer.launcher.plan_model import FP32, Layer, Model, Part, Rows, Split, parts_of
+from haloformer.launcher.plan_model import (
+    BUCKET,
+    FP32,
+    Layer,
+    Model,
+    Part,
+    Rows,
+    Split,
+    parts_of,
+)
 
 Group = Literal["context", "tensor", "zero"]
 Operation = Literal["send", "all_reduce", "all_gather", "reduce_scatter"]
@@ -34,6 +43,7 @@ class Flow:
         operation: How.
         size: Bytes: of what is sent; of the tensor that is summed; of the whole that is gathered
             or scattered.
+        calls: In how many messages.
         hop: For ``send``: how many ranks further, negative to lower ranks.
     """
 
@@ -41,6 +51,7 @@ class Flow:
     group: Group
     operation: Operation
     size: int
+    calls: int
     hop: int = 0
 
     def wire_bytes(self, group_size: int) -> int:
@@ -64,7 +75,7 @@ def traffic(
         context_rank: Its place along the sequence: the first and the last send halos to one side.
         tensor_rank: Its heads, which need not all reach as far.
     """
-    flows = []
+    flows: list[Flow] = []
     if split.context > 1:
         for layer in model.layers:
             if layer.kind == "decoder":
@@ -74,7 +85,10 @@ def traffic(
                 flows += global_flows(model, layer, rows, split)
     if split.tensor > 1:
         flows += tensor_flows(model, rows, split)
-    flows = [replace(flow, size=flow.size * accumulation) for flow in flows]
+    flows = [
+        replace(flow, size=flow.size * accumulation, calls=flow.calls * accumulation)
+        for flow in flows
+    ]
     if split.zero_ranks > 1:
         flows += zero_flows(model, split, accumulation)
     return [flow for flow in flows if flow.size]
@@ -118,13 +132,13 @@ def halo_flows(
         reach = (own.reach_left, own.reach_right)
         sent = halo_rows(context_rank, split.context, rows.source, *reach)
         for hop, count in sent.items():
-            size = count * row * _forward_passes(split)
-            yield Flow("halo", "context", "send", size, hop)
+            passes = _forward_passes(split)
+            yield Flow("halo", "context", "send", passes * count * row, passes, hop)
         # Gradients go home to whom rows came from: the rows that I need to the left and right
         # are those that I would send with both sides exchanged.
         home = halo_rows(context_rank, split.context, rows.source, reach[1], reach[0])
         for hop, count in home.items():
-            yield Flow("halo gradients", "context", "send", count * row, hop)
+            yield Flow("halo gradients", "context", "send", count * row, 1, hop)
 
 
 def global_flows(model: Model, layer: Layer, rows: Rows, split: Split) -> Iterator[Flow]:
@@ -138,8 +152,9 @@ def global_flows(model: Model, layer: Layer, rows: Rows, split: Split) -> Iterat
     gathered = count * (model.hidden + 2 * size)  # hidden states; K and V
     # A maximum, then the answer with its weight, per head, in fp32.
     merged = count * heads * (1 + answer + 1)
-    yield Flow("globals", "context", "all_reduce", passes * (gathered * width + merged * FP32))
-    yield Flow("globals", "context", "all_reduce", (gathered + count * heads * answer) * FP32)
+    size_forward = passes * (gathered * width + merged * FP32)
+    yield Flow("globals", "context", "all_reduce", size_forward, 4 * passes)
+    yield Flow("globals", "context", "all_reduce", (gathered + count * heads * answer) * FP32, 3)
 
 
 def answer_features(model: Model, layer: Layer, rows: Rows, split: Split) -> int:
@@ -156,41 +171,55 @@ def decoder_flows(model: Model, layer: Layer, rows: Rows, split: Split) -> Itera
     head_dim, passes = model.hidden // layer.heads, _forward_passes(split)
     gathered = count * 3 * size  # K and V of self-attention, queries of cross-attention
     merged = count * heads * (1 + head_dim + 1)
-    yield Flow(
-        "decoder", "context", "all_reduce", passes * (gathered * split.width + merged * FP32)
-    )
+    size_forward = passes * (gathered * split.width + merged * FP32)
+    yield Flow("decoder", "context", "all_reduce", size_forward, 4 * passes)
     # Gradients of what was gathered, and of the merged answers.
-    yield Flow("decoder", "context", "all_reduce", (gathered + count * size) * FP32)
+    yield Flow("decoder", "context", "all_reduce", (gathered + count * size) * FP32, 3)
 
 
 def tensor_flows(model: Model, rows: Rows, split: Split) -> Iterator[Flow]:
     """megatron-core's sums: outputs of row linears, input gradients of column linears."""
-    source, target = (
-        rows.batch * n * model.hidden * split.width for n in (rows.source, rows.target)
-    )
-    globals_ = rows.batch * rows.num_globals * model.hidden * split.width
-    forward, backward = source + target, 0  # the token embedding, of source and target
+    row = rows.batch * model.hidden * split.width
+    source, target, globals_ = (n * row for n in (rows.source, rows.target, rows.num_globals))
+    # The token embedding, of source and target.
+    yield Flow("tensor forward", "tensor", "all_reduce", source + target, 1 + model.has_decoder)
     for layer in model.layers:
-        if layer.kind == "decoder":
-            halves, ffn = 2 * target, target
-            # query, key, value; query, and key and value of the encoder's states; inner.
-            backward += 3 * target + target + 2 * source + target
-        else:
-            halves, ffn = source, source
-            extra = 2 * source + globals_ if layer.kind == "encoder" else 0  # global twins
-            backward += 3 * source + extra + source
-        again = {"none": 0, "selective": ffn, "full": halves + ffn}[split.recompute]
-        # A recompute stops at the last tensor that the backward needs, which without dropout is
-        # in front of a pre-norm layer's last sum.
-        if layer.kind == "char" and layer.hidden_dropout == 0.0 and split.recompute != "none":
-            again -= ffn
-        forward += halves + ffn + again
-    yield Flow("tensor forward", "tensor", "all_reduce", forward)
+        forward, backward = _tensor_sums(layer, source, target, globals_, split)
+        yield Flow("tensor forward", "tensor", "all_reduce", sum(forward), len(forward))
+        yield Flow("tensor backward", "tensor", "all_reduce", sum(backward), len(backward))
     if model.scores_vocabulary:
         # The tied head's input, and of the loss a maximum and two sums per row in fp32.
-        backward += rows.predicted * model.hidden * split.width
-        yield Flow("loss", "tensor", "all_reduce", 3 * rows.predicted * FP32)
-    yield Flow("tensor backward", "tensor", "all_reduce", backward)
+        head = rows.predicted * model.hidden * split.width
+        yield Flow("tensor backward", "tensor", "all_reduce", head, 1)
+        yield Flow("loss", "tensor", "all_reduce", 3 * rows.predicted * FP32, 3)
+
+
+def _tensor_sums(
+    layer: Layer, source: int, target: int, globals_: int, split: Split
+) -> tuple[list[int], list[int]]:
+    """Bytes of each sum of one layer, forward and backward.
+
+    Args:
+        layer: Which.
+        source: Bytes of the hidden states of the source rows.
+        target: Of the target rows.
+        globals_: Of the global rows.
+        split: How the ranks share the work.
+    """
+    own = target if layer.kind == "decoder" else source
+    halves = [own, own] if layer.kind == "decoder" else [own]  # self and cross, or one attention
+    # Query, key, value and the inner linear; then the global twins, or those of cross-attention.
+    backward = [own] * 4
+    if layer.kind == "encoder":
+        backward += [globals_, source, source]
+    elif layer.kind == "decoder":
+        backward += [target, source, source]
+    again = {"none": [], "selective": [own], "full": [*halves, own]}[split.recompute]
+    # A recompute stops at the last tensor that the backward needs, which without dropout is in
+    # front of a pre-norm layer's last sum.
+    if again and layer.kind == "char" and layer.hidden_dropout == 0.0:
+        again = again[:-1]
+    return [*halves, own, *again], backward
 
 
 def zero_flows(model: Model, split: Split, accumulation: int) -> Iterator[Flow]:
@@ -205,9 +234,10 @@ def zero_flows(model: Model, split: Split, accumulation: int) -> Iterator[Flow]:
     # ZeRO-1 is another optimizer of DeepSpeed's, which sums its padding as well.
     summed = padded if split.zero_stage == 1 and width != FP32 else whole
     times = accumulation if split.zero_stage == 2 else 1
-    yield Flow("gradients", "zero", "all_reduce", times * summed * FP32)
+    calls = times * -(-summed // BUCKET)
+    yield Flow("gradients", "zero", "all_reduce", times * summed * FP32, calls)
     if split.zero_stage > 0:
-        yield Flow("weights", "zero", "all_gather", padded * width)
+        yield Flow("weights", "zero", "all_gather", padded * width, 2)
 
 
 def _zero3_flows(
@@ -222,10 +252,12 @@ def _zero3_flows(
     )
     fetched = sum(split_up) - kept
     # What was gathered for the forward pass stays for the backward, if it is not too much.
-    passes = 1 if sum(sizes) <= _MAX_LIVE else 2
-    gathered = (accumulation * passes * fetched + kept) * split.width
-    yield Flow("weights", "zero", "all_gather", gathered)
-    yield Flow("gradients", "zero", "reduce_scatter", accumulation * sum(split_up) * FP32)
+    passes = accumulation * (1 if sum(sizes) <= _MAX_LIVE else 2)
+    buckets = -(-sum(sizes) // BUCKET)
+    gathered = (passes * fetched + kept) * split.width
+    yield Flow("weights", "zero", "all_gather", gathered, passes * buckets + 1)
+    scattered = accumulation * sum(split_up) * FP32
+    yield Flow("gradients", "zero", "reduce_scatter", scattered, accumulation * buckets)
 
 
 def flat_groups(parts: list[Part], ranks: int) -> list[int]:
