@@ -86,6 +86,9 @@ def _count(text: str) -> int:
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the command; returns the exit code, 130 when it was stopped as asked."""
+    file = arguments.json
+    if file is not None and (file.is_dir() or not file.parent.is_dir()):  # not hours from now
+        raise ValueError(f"--json {file}: not a file in a folder that is there; make the folder")
     # They bring torch along, seconds that a wrong word in the command need not wait for.
     from haloformer.launcher.evaluate_kinds import evaluator_of
     from haloformer.launcher.evaluate_subject import open_subject, with_mesh
@@ -109,24 +112,17 @@ def run(arguments: argparse.Namespace) -> int:
     code, found = _start_ranks(cluster, used, subject.plan(config, settings, ranks))
     if found is None:
         return code
-    told = subject.log(found["scores"])
     seconds = time.perf_counter() - start
     print(f"{subject.name}: {found['count']:,} {evaluator.unit} of {arguments.data}")
     print(table(found["scores"], evaluator.decimals))
     for note in found["notes"]:
         print(note)
-    print(f"{seconds:.1f} s; {told}")
-    if arguments.json is not None:
-        record = {
-            **subject.identity(),
-            "data": str(arguments.data),
-            "count": found["count"],
-            "scores": found["scores"],
-            **found["facts"],
-            evaluator.records_key: found["records"],
-        }
-        write_json_atomically(arguments.json, record)
-        print(f"wrote {arguments.json}")
+    print(f"{seconds:.1f} s; {subject.log(found['scores'])}")
+    if file is not None:
+        record = {"data": arguments.data, "count": found["count"], "scores": found["scores"]}
+        records = {evaluator.records_key: found["records"]}
+        write_json_atomically(file, {**subject.identity(), **record, **found["facts"], **records})
+        print(f"wrote {file}")
     return 0
 
 
@@ -167,7 +163,7 @@ def _start_ranks(
         found = json.loads((run_dir.path / SCORES).read_text(encoding="utf-8"))
     else:
         print("haloformer: stopped; nothing was scored", file=sys.stderr)
-    # What ranks that failed said to each other stays, for whoever looks for the reason.
+    # After a failure it stays: ranks on a host that was cut off read there that it is over.
     shutil.rmtree(run_dir.path)
     return (0 if found is not None else 130), found
 

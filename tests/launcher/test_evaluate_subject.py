@@ -59,6 +59,7 @@ def test_a_folder_is_read_as_long_as_it_can_read(here):
         (["--data", "bytes", "--step", "3"], "--step 3 is of a run, and hf is a folder"),
         (["--data", "nowhere"], "nowhere: holds no index.json"),
         (["--data", "bytes", "--beams", "2"], "--beams is not for this kind .* reads --limit"),
+        (["--data", "bytes", "--json", "no/found.json"], "--json no/found.json: not a file in"),
         (["--data", "bytes", "--ranks", "0"], "--ranks 0 is less than 1"),
     ],
 )
