@@ -98,9 +98,11 @@ class Case:
     context: int
     stage: int
     tensor: int = 1
+    precision: str = "fp32"
 
     def __str__(self):
-        return f"{self.kind}_dp{self.data}_cp{self.context}_tp{self.tensor}_zero{self.stage}"
+        mesh = f"dp{self.data}_cp{self.context}_tp{self.tensor}"
+        return f"{self.kind}_{mesh}_zero{self.stage}_{self.precision}"
 
     @property
     def world(self):
@@ -120,6 +122,7 @@ EXAMPLE_CASES = [
     *(Case(kind, 1, 2, 1) for kind in EXAMPLES),
     *(Case(kind, 1, 1, 1, tensor=2) for kind in EXAMPLES),
     Case("longformer_coref", 1, 2, 3),
+    *(Case(kind, 1, 1, 1, precision="bf16") for kind in EXAMPLES),
 ]
 
 
@@ -162,6 +165,7 @@ def config_of(case, folder):
                 "context": case.context,
                 "tensor": case.tensor,
                 "zero_stage": case.stage,
+                "precision": case.precision,
             },
             "checkpoint": {"every": 1},
             "eval": {"batches": 3},

@@ -22,8 +22,10 @@ def histories(tmp_path_factory):
 @pytest.mark.parametrize("case", EXAMPLE_CASES, ids=str)
 def test_losses_and_gradient_norms_equal_one_rank(histories, case):
     expected, found = histories[str(Case(case.kind, 1, 1, 1))], histories[str(case)]
+    # bf16 has 8 bits, and with it coreference may keep other spans: it follows, it is not equal.
+    tolerance = 1e-6 if case.precision == "fp32" else 0.03
     for step, (want, have) in enumerate(zip(expected, found, strict=True)):
-        assert have == pytest.approx(want, rel=1e-6), f"step {step}"
+        assert have == pytest.approx(want, rel=tolerance), f"step {step}"
 
 
 @pytest.mark.parametrize("kind", EXAMPLES)
