@@ -73,7 +73,7 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         default=TrackingConfig().experiment,
         help="where to look for the latest run (default %(default)s)",
     )
-    add_cluster_options(parser, "what the recipe needs for one sequence; on several hosts, all")
+    add_cluster_options(parser, "those of one sequence in the recipe; on several hosts, all slots")
     parser.set_defaults(run_command=run)
 
 

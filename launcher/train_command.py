@@ -18,7 +18,7 @@ from haloformer.launcher import tracking
 from haloformer.launcher.attempt import StopSignals
 from haloformer.launcher.catalog import Catalog, check_disk
 from haloformer.launcher.cluster import Cluster
-from haloformer.launcher.clusters import cluster_of
+from haloformer.launcher.clusters import add_cluster_options, cluster_of
 from haloformer.launcher.hosts import Host, fill, num_slots
 from haloformer.launcher.known_runs import RUNS, KnownRun, start_run
 from haloformer.launcher.model_artifact import spool_model
@@ -42,19 +42,7 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     )
     parser.add_argument("config", help="recipe file, or the name of a shipped recipe")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="replace recipe values")
-    parser.add_argument(
-        "--ranks",
-        type=int,
-        help="processes (default: what the recipe needs; on several hosts, all slots)",
-    )
-    parser.add_argument(
-        "--hostfile", type=Path, help="hosts to train on, one 'name slots=N' per line"
-    )
-    parser.add_argument(
-        "--launcher",
-        choices=["pdsh", "slurm"],
-        help="for several hosts: pdsh (with --hostfile), or slurm (inside an allocation)",
-    )
+    add_cluster_options(parser, "what the recipe needs; on several hosts, all slots")
     parser.add_argument(
         "--supervise",
         action="store_true",
@@ -65,8 +53,6 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         metavar="RUN_ID|latest|auto",
         help="continue from the newest good checkpoint; auto: start afresh when there is none",
     )
-    parser.add_argument("--master-addr", help="address of rank 0 (default: as ssh reaches it)")
-    parser.add_argument("--master-port", type=int, help="port of rank 0 (default: a free one)")
     parser.set_defaults(run_command=run)
 
 

@@ -77,9 +77,12 @@ def config_of(kind, folder, context=1, tensor=1):
     data = {"train": place, "eval": place, "seq_len": 47}
     if kind == "led":
         data["target_len"] = 15
+    # The checkpoint is of the last step before the windows grow.
+    phases = [{"steps": STEP}, {"steps": 2, "attention_window": [8, 24]}]
     return TrainConfig.model_validate(
         {
             "name": "evaluated",
+            "phases": phases if kind == "char_lm" else [],
             "seed": 11,
             "steps": 5,
             "model": MODELS[kind],

@@ -20,7 +20,7 @@ from haloformer.launcher.evaluate_char_lm import CharLmEvaluator
 from haloformer.launcher.evaluate_command import table
 from haloformer.launcher.evaluate_led import LedEvaluator
 from haloformer.launcher.evaluate_mlm import MaskedLmEvaluator
-from haloformer.launcher.evaluate_subject import with_mesh
+from haloformer.launcher.evaluate_subject import open_subject, with_mesh
 from launcher_runs import TINY, haloformer
 from task_layouts import NUM_PAIRS, write_data
 
@@ -114,6 +114,15 @@ def test_a_limit_keeps_the_first_ones(outcomes):
 
 def test_all_ranks_stop_together_when_one_is_asked_to(folder):
     assert run_ranks(2, stopped, str(folder)) == [2, 2]
+
+
+def test_a_checkpoint_is_evaluated_with_the_windows_of_the_phase_that_made_it(
+    folder, losses, monkeypatch
+):
+    monkeypatch.chdir(folder)
+    subject = open_subject("char-lm", None, None, "char_lm")
+    assert subject.name == "run char-lm, step 3"
+    assert subject.config.model.attention_window == [4, 20] and not subject.config.phases
 
 
 def test_the_command_scores_a_transformers_folder_on_two_ranks(folder, losses):
