@@ -24,6 +24,7 @@ COMMANDS = {
     "export": "haloformer.launcher.export_command",
     "generate": "haloformer.launcher.generate_command",
     "evaluate": "haloformer.launcher.evaluate_command",
+    "plan": "haloformer.launcher.plan_command",
     "doctor": "haloformer.launcher.doctor",
     "bench": "haloformer.launcher.bench_command",
 }
