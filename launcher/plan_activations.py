@@ -189,15 +189,16 @@ def embeddings_kept(model: Model, rows: Rows, split: Split) -> int:
     """Indices of the tables, and what the norm and the dropout of the embeddings keep."""
     layer = model.layers[0]
     size = Sizes.of(model, layer, rows.batch, rows.source, split)
-    num_tables = {"longformer_mlm": 3, "led": 2, "char_lm": 1}.get(model.kind, 3)
-    kept = num_tables * _INT64 * (size.elements // model.hidden)
+    num_tables = {"led": 1, "char_lm": 1}.get(model.kind, 3)  # tokens; positions and types
+    kept = num_tables * _INT64 * rows.batch * rows.source
     if layer.hidden_dropout:
         kept += size.elements
     if model.kind != "char_lm":
         kept += size.whole + size.norm
     if model.has_decoder:
         own = Sizes.of(model, model.layers[-1], rows.batch, rows.target, split)
-        kept += own.whole + own.norm + 2 * _INT64 * (own.elements // model.hidden)
+        kept += own.whole + own.norm + _INT64 * rows.batch * rows.target
+        kept += _INT64 * (rows.source + rows.target)  # positions, the same in every sequence
         kept += own.elements if layer.hidden_dropout else 0
         kept += size.whole  # the encoder's states, which every decoder layer reads
     return kept
