@@ -44,10 +44,16 @@ class Layout:
         return int(self.starts[-1] + self.lengths[-1]) + 1
 
     @property
-    def first_document(self) -> int:
-        """Position of the </s> before the first document, or of the first token."""
+    def num_globals(self) -> int:
+        """Tokens before the first document, or <s> alone.
+
+        Of a question without candidates not the </s> behind it, which transformers and AI2's
+        script leave out: an exported model finds the same globals by itself.
+        """
         first = 1 + self.num_candidates
-        return int(self.starts[first]) - 1 if first < len(self.starts) else 1
+        if first >= len(self.starts):
+            return 1
+        return int(self.starts[first]) - (1 if self.num_candidates else 2)
 
     @property
     def candidates(self) -> Ints:
@@ -97,7 +103,7 @@ class ExampleMaker:
         width = min(layout.width, seq_len)
         return ExampleRow(
             ids=self._ids(key, layout, width),
-            num_globals=min(layout.first_document, width) if self.has_globals else 0,
+            num_globals=min(layout.num_globals, width) if self.has_globals else 0,
             labels=self._labels(stored, layout, width),
             candidates=layout.candidates[layout.candidates < width - 1],
             was_cut=width < layout.width,

@@ -4,7 +4,7 @@ A row is laid out by the kind of the data, in at most ``seq_len`` tokens; what i
 end (the last token is always </s>), is counted in ``was_cut``, and loses the labels that lay there:
 
     classification   <s> text </s>                                             global: <s>
-    questions        <s> question </s> </s> text </s>                          <s> question </s>
+    questions        <s> question </s> </s> text </s>                          <s> question
     choices          <s> query </s> (</s> candidate)* (</s> document)* </s>    all before documents
     coreference      <s> text </s>                                             none
 

@@ -74,9 +74,9 @@ def expected_row(kind: str, texts: list[str], num_candidates: int) -> tuple[list
     ids, globals_, markers = [BOS], 1, []
     for number, text in enumerate(texts):
         if number == 1:
+            globals_ = len(ids)  # of a question alone, before its </s>
             ids.append(EOS)
-            globals_ = len(ids)
-        if number == 1 + num_candidates and number:
+        if number == 1 + num_candidates and num_candidates:
             globals_ = len(ids)
         if number:
             if number <= num_candidates:
