@@ -71,6 +71,7 @@ class CharLmEvaluator(Evaluator):
         count = windows.count if limit is None else min(limit, windows.count)
         reaches = [char_window(config, layer).reach_left for layer in range(config.num_layers)]
         plan = StreamingPlan(windows, reaches, _BLOCK_ROWS)
+        work.pace.begin(self.unit, windows.end(count - 1))
         totals = self._score(model, plan, line, _stretch(count, work), work)
         found = summed(totals, work)
         nats = found["nats"] / max(found["targets"], 1.0)
@@ -104,7 +105,6 @@ class CharLmEvaluator(Evaluator):
         dist.all_reduce(longest, op=dist.ReduceOp.MAX, group=work.topology.control_group)
         totals = {"nats": 0.0, "targets": 0.0, "computed": 0.0}
         scored = StreamingCharLm(model, plan, read).score(stretch)
-        work.pace.begin(self.unit, plan.windows.num_rows)
         for number in range(int(longest)):
             if number >= len(turns):
                 work.pace.advance(0)
