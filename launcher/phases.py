@@ -31,13 +31,11 @@ class OpenPhase:
         phase: Which one.
         train: This rank's part of its batches.
         held_out: Held-out data at its length and batch.
-        flops_per_token: Forward and backward; None where there is no such number.
     """
 
     phase: Phase
     train: TrainSource[AnyBatch]
     held_out: HeldOutSource
-    flops_per_token: float | None
 
     def close(self) -> None:
         """Let go of files and threads."""
@@ -84,8 +82,7 @@ class OpenPhase:
 def open_phase(task: Task, phase: Phase, topology: Topology) -> OpenPhase:
     """Open the streams of a phase at their beginning."""
     train, held_out = task.open_streams(phase.config, topology, phase.number)
-    flops = task.flops_per_token(phase.config, train.facts.vocab_size)
-    return OpenPhase(phase, train, held_out, flops)
+    return OpenPhase(phase, train, held_out)
 
 
 def enter_phase(engine: Engine, phase: Phase, topology: Topology) -> None:

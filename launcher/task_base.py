@@ -20,6 +20,8 @@ from haloformer.data_pipeline.rank_stream import seed_of_phase
 from haloformer.data_pipeline.seq2seq import PairEvalStream, PairTrainStream
 from haloformer.data_pipeline.stream import EvalStream, TrainStream
 from haloformer.launcher.feeding import ChoiceInput, ExampleInput, PairInput, RankInput
+from haloformer.launcher.plan_flops import Work, training_flops
+from haloformer.launcher.plan_model import model_of
 from haloformer.launcher.topology import Topology
 from haloformer.model.longformer import IGNORED_LABEL
 
@@ -110,6 +112,8 @@ class Task(ABC):
         """The loss, nats per target token, in other units."""
         return {}
 
-    def flops_per_token(self, config: TrainConfig, vocab_size: int) -> float | None:
-        """Forward and backward, per token read; None where tokens differ in what they cost."""
-        return None
+    def flops(self, config: TrainConfig, vocab_size: int, batch: Any) -> float:
+        """Of forward and backward: this data-parallel rank's part, padding left out."""
+        globals_ = batch.global_mask.sum() / max(len(batch.global_mask), 1)
+        work = Work(batch.num_tokens, float(globals_), self.num_targets(batch))
+        return training_flops(model_of(config.model, vocab_size), work)

@@ -27,12 +27,13 @@ from haloformer.launcher.example_tasks import (
     QuestionsTask,
 )
 from haloformer.launcher.feeding import PairInput, RankInput, micro_batches, pair_micro_batches
+from haloformer.launcher.plan_flops import Work, training_flops
+from haloformer.launcher.plan_model import model_of
 from haloformer.launcher.task_base import AnyBatch, HeldOutSource, Task
-from haloformer.launcher.throughput import forward_flops_per_token, training_flops_per_token
 from haloformer.launcher.topology import Topology
 from haloformer.model.char_lm import CharLm
 from haloformer.model.led import LedForConditionalGeneration
-from haloformer.model.longformer import LongformerForMaskedLM
+from haloformer.model.longformer import IGNORED_LABEL, LongformerForMaskedLM
 
 __all__ = ["AnyBatch", "HeldOutSource", "Task", "task_of"]
 
@@ -63,20 +64,9 @@ class MaskedLmTask(DocumentTask):
         assert isinstance(config.model, ModelConfig)
         return LongformerForMaskedLM(config.model, vocab_size, topology.tensor_group)
 
-    def flops_per_token(self, config: TrainConfig, vocab_size: int) -> float | None:
-        """Every matrix product, the head at masked positions only."""
-        assert isinstance(config.model, ModelConfig)
-        forward = forward_flops_per_token(
-            config.model,
-            vocab_size,
-            num_globals=1.0 if config.data.global_tokens == "first" else 0.0,
-            target_fraction=config.data.mask_probability,
-        )
-        return training_flops_per_token(forward)
-
 
 class CharLmTask(DocumentTask):
-    """Causal language model on documents, its global tokens unused; no FLOPs are told yet."""
+    """Causal language model on documents, its global tokens unused."""
 
     train_stream, held_out_stream = CausalTrainStream, CausalEvalStream
 
@@ -87,12 +77,16 @@ class CharLmTask(DocumentTask):
         assert isinstance(config.model, CharLmConfig)
         return CharLm(config.model, vocab_size, topology.tensor_group)
 
+    def flops(self, config: TrainConfig, vocab_size: int, batch: Batch) -> float:
+        """As every task; the global tokens are not used."""
+        work = Work(batch.num_tokens, 0.0, self.num_targets(batch))
+        return training_flops(model_of(config.model, vocab_size), work)
+
 
 class LedTask(Task):
     """LED that writes the target of each source.
 
-    Its losses include label smoothing where the recipe has it, so they are no likelihoods, and
-    source and target tokens cost differently, so there is no cost per token.
+    Its losses include label smoothing where the recipe has it, so they are no likelihoods.
     """
 
     train_stream, held_out_stream = PairTrainStream, PairEvalStream
@@ -112,6 +106,20 @@ class LedTask(Task):
     ) -> Iterator[PairInput]:
         """This rank's rows of source and target."""
         return pair_micro_batches(batch, micro_batch, topology)
+
+    def flops(self, config: TrainConfig, vocab_size: int, batch: PairBatch) -> float:
+        """Source and target rows, and the pairs of them that see one another."""
+        source = batch.attention_mask.sum(1)
+        target = (batch.labels != IGNORED_LABEL).sum(1)
+        work = Work(
+            source=float(source.sum()),
+            num_globals=float(batch.global_mask.sum() / max(len(source), 1)),
+            predicted=float(target.sum()),
+            target=float(target.sum()),
+            pairs=float((source * target).sum()),
+            seen=float((target * (target + 1)).sum() / 2),
+        )
+        return training_flops(model_of(config.model, vocab_size), work)
 
     def counts(self, batch: PairBatch) -> dict[str, int]:
         """Texts that were longer than the recipe allows and lost their ends."""

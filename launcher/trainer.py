@@ -43,32 +43,12 @@ class StopRequest:
         self.asked = True
 
 
-@dataclass(frozen=True)
-class Speed:
-    """What turns seconds into rates.
-
-    Attributes:
-        flops_per_token: Forward and backward; None where there is no such number.
-        peak: FLOP/s of all ranks together, 0.0 when unknown.
-    """
-
-    flops_per_token: float | None
-    peak: float
-
-    def rates(self, num_tokens: int, seconds: float) -> dict[str, float]:
-        """Tokens per second, and the share of the peak (MFU) where it can be known."""
-        tokens = num_tokens / seconds
-        rates = {"tokens_per_second": tokens, "step_seconds": seconds}
-        if self.peak > 0.0 and self.flops_per_token is not None:
-            rates["mfu_estimate"] = tokens * self.flops_per_token / self.peak
-        return rates
-
-
 class Agreed(NamedTuple):
     """What all ranks know of a global batch before they compute on it."""
 
     num_targets: int
     num_tokens: int
+    flops: int
     stop_asked: bool
     counts: dict[str, float]  # of the task
 
@@ -175,7 +155,7 @@ class Trainer:
             **self.task.rates(loss, train.facts.characters_per_token),
             "grad_norm": grad_norm(engine),
             "learning_rate": rate,
-            **self._speed.rates(agreed.num_tokens, time.perf_counter() - start),
+            **self._rates(agreed, time.perf_counter() - start),
             "data_seconds": waited,  # of rank 0, for its batch; about 0 when prefetch keeps up
             **agreed.counts,
         }
@@ -198,18 +178,23 @@ class Trainer:
         if self.config.data.on_corrupt == "skip":
             # Since this process started.
             counts["num_skipped"] = self._skipped_before + self.opened.train.num_skipped
-        mine = [self.task.num_targets(batch), batch.num_tokens, *counts.values()]
+        phase = self.opened.phase
+        flops = int(self.task.flops(phase.config, self.opened.train.facts.vocab_size, batch))
+        mine = [self.task.num_targets(batch), batch.num_tokens, flops, *counts.values()]
         # Every context and tensor rank sees the same batch, so only the first one counts.
         mine = mine if self._counts else [0] * len(mine)
         agreed = torch.tensor([int(self.stop.asked), *mine], device=self.topology.device)
         dist.all_reduce(agreed)  # tensor ranks too, or one would stop a step before another
-        stop_asked, num_targets, num_tokens, *counted = agreed.tolist()
+        stop_asked, num_targets, num_tokens, flops, *counted = agreed.tolist()
         named = dict(zip(counts, map(float, counted), strict=True))
-        return Agreed(num_targets, num_tokens, stop_asked > 0, named)
+        return Agreed(num_targets, num_tokens, flops, stop_asked > 0, named)
 
-    @property
-    def _speed(self) -> Speed:
-        return Speed(self.opened.flops_per_token, self.peak_flops)
+    def _rates(self, agreed: Agreed, seconds: float) -> dict[str, float]:
+        """Tokens per second, and the share of the peak (MFU) where that is known."""
+        rates = {"tokens_per_second": agreed.num_tokens / seconds, "step_seconds": seconds}
+        if self.peak_flops > 0.0:
+            rates["mfu_estimate"] = agreed.flops / seconds / self.peak_flops
+        return rates
 
     @property
     def _counts(self) -> bool:

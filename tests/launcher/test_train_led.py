@@ -63,8 +63,8 @@ def test_a_led_learns_and_counts_what_it_cuts(project: Path, whole: dict[int, fl
     # 12 steps of 2 are most of an epoch of 27 pairs, half of which are longer than 128 tokens.
     assert sum(record["cut_sources"] for record in steps) > 5
     assert all(record["cut_targets"] == 0 for record in steps)
-    # Neither is a number that a sequence-to-sequence loss gives.
-    assert all("bits_per_char" not in r and "mfu_estimate" not in r for r in steps)
+    # A sequence-to-sequence loss gives no bits per character.
+    assert all("bits_per_char" not in r and 0.0 < r["mfu_estimate"] < 1.0 for r in steps)
     assert run_dir.curve_file.read_bytes().startswith(b"\x89PNG")
 
 
