@@ -9,13 +9,14 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "experiments"))
 
-from late_evidence import LATE, NUM_SUBJECTS, TOKENS, write_pairs
+from late_evidence import LATE, NUM_SUBJECTS, PASSAGE, write_pairs
 
-NUM_ARTICLES = NUM_SUBJECTS + 10
+NUM_ARTICLES, WORDS = NUM_SUBJECTS + 10, 2500
 
 
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory):
+    """Pairs of articles whose every word tells the article and the word's number in it."""
     folder = tmp_path_factory.mktemp("late")
     dump = folder / "dump.xml.bz2"
     pages = (
@@ -32,31 +33,31 @@ def pairs(tmp_path_factory):
 
 def article(n):
     lead = f"T{n} is subject number {n} of those that this test has made up for itself. " * 4
-    return f"{lead}\n== Body ==\n" + f"word{n} " * 400
+    return f"{lead}\n== Body ==\n" + " ".join(f"{n}:{word}" for word in range(WORDS))
 
 
-def test_the_last_line_alone_decides_the_target(pairs):
+def words_of(text):
+    """(article, number) of each word; the first and the last may be cut."""
+    words = [word for word in text.split()[1:-1] if ":" in word]
+    return [tuple(map(int, word.split(":"))) for word in words]
+
+
+def parts_of(pair):
+    """Prose and passage."""
+    return pair["source"][:-PASSAGE], pair["source"][-PASSAGE:]
+
+
+def test_the_passage_at_the_end_alone_is_of_the_article_that_is_named(pairs):
     for pair in [*pairs["train"], *pairs["held_out"]]:
-        prose, _, last = pair["source"].rpartition("\n")
-        title = last.removeprefix("Subject: ")
-        assert pair["target"].startswith(f"{title} is subject number {title[1:]} of")
-        assert title not in prose.split(), "the prose is of other articles"
+        prose, passage = (words_of(part) for part in parts_of(pair))
+        assert {f"T{article}" for article, _ in passage} == {pair["target"]}
+        assert pair["target"] not in {f"T{article}" for article, _ in prose}
 
 
-def test_held_out_prose_is_long_and_of_articles_that_no_training_pair_has(pairs):
-    words = {name: words_of(group) for name, group in pairs.items()}
-    assert words["train"] and words["held_out"]
-    assert not words["train"] & words["held_out"]
-    assert all(len(pair["source"]) >= 3 * LATE for pair in pairs["held_out"])
-    lengths = sorted(len(pair["source"]) for pair in pairs["train"])
-    assert lengths[0] < 3 * 3 * TOKENS[0] and lengths[-1] > 3 * LATE
-
-
-def words_of(group):
-    """The articles that prose is from, by their word; a cut first or last word does not count."""
-    return {
-        word
-        for pair in group
-        for word in pair["source"].rpartition("\n")[0].split()[1:-1]
-        if word.startswith("word")
-    }
+def test_held_out_pairs_share_no_text_with_training_and_their_evidence_is_late(pairs):
+    train, held_out = (
+        {word for pair in pairs[name] for part in parts_of(pair) for word in words_of(part)}
+        for name in ("train", "held_out")
+    )
+    assert train and held_out and not train & held_out
+    assert all(len(parts_of(pair)[0]) > LATE for pair in pairs["held_out"])
