@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from haloformer.launcher.plan_model import Layer, Model
+from haloformer.launcher.plan_model import Model
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ def forward_flops(model: Model, work: Work) -> float:
             flops += work.source * 2 * 2 * size * size
             flops += 2 * 2 * size * (work.pairs + work.seen)
         else:
-            per_row += 2 * 2 * size * (mean_band(layer) + work.num_globals)
+            per_row += 2 * 2 * size * (layer.mean_band + work.num_globals)
             if layer.kind == "encoder":
                 per_row += _global_rows(size, layer.heads, work.num_globals)
             flops += work.source * per_row
@@ -61,12 +61,6 @@ def forward_flops(model: Model, work: Work) -> float:
 def training_flops(model: Model, work: Work) -> float:
     """Forward and backward: the backward of a product is two products of the same size."""
     return 3.0 * forward_flops(model, work)
-
-
-def mean_band(layer: Layer) -> float:
-    """Keys in the window of a row away from the ends, in the mean over the heads."""
-    assert layer.spec is not None
-    return sum(layer.spec.left + layer.spec.right) / layer.heads + 1
 
 
 def _global_rows(size: int, heads: int, num_globals: float) -> float:

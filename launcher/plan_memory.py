@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
+from functools import cached_property
 
 from haloformer.launcher.plan_activations import (
     attention_backward,
@@ -79,7 +80,7 @@ class _State:
     parts: list[Part]
     groups: list[int]  # flat groups, padded
 
-    @property
+    @cached_property
     def whole(self) -> int:
         return sum(part.elements for part in self.parts)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 from haloformer.configs.models import CharLmConfig, EncoderConfig, LedConfig, Recompute
@@ -42,6 +43,17 @@ class Layer:
     spec: WindowSpec | None
     hidden_dropout: float
     activation_dropout: float = 0.0
+
+    @cached_property
+    def reach(self) -> int:
+        """Rows to either side that the widest head needs; a plan asks for it very often."""
+        return 0 if self.spec is None else self.spec.reach_left + self.spec.reach_right
+
+    @cached_property
+    def mean_band(self) -> float:
+        """Keys in the window of a row away from the ends, in the mean over the heads."""
+        assert self.spec is not None
+        return sum(self.spec.left + self.spec.right) / self.heads + 1
 
 
 @dataclass(frozen=True)
@@ -259,7 +271,7 @@ class Part:
     name: str
     sizes: tuple[tuple[int, bool], ...]
 
-    @property
+    @cached_property
     def elements(self) -> int:
         """Elements in all."""
         return sum(size for size, _ in self.sizes)

@@ -127,7 +127,12 @@ def _time(report: dict[str, Any], own: dict[str, Any]) -> Iterator[str]:
         )
     )
     yield f"  {own['tokens_per_second']:,.0f} tokens/s, MFU {report['mfu']:.2f}"
-    yield f"  model, not measured: {report['assumptions']}"
+    taken = report["assumptions"]
+    yield (
+        f"  model, not measured; taken to be reached: {taken['products']:.0%} of the peak, "
+        f"{taken['bandwidth']:.0%} of the memory's bandwidth, {taken['links']:.0%} of a link's, "
+        f"{1e6 * taken['latency']:.0f} us per message"
+    )
 
 
 def _layouts(report: dict[str, Any]) -> Iterator[str]:

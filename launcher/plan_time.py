@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 from haloformer.launcher.plan_activations import attention_kept, feed_kept, head_of
 from haloformer.launcher.plan_devices import Device, Shares
-from haloformer.launcher.plan_flops import Work, forward_flops, mean_band
+from haloformer.launcher.plan_flops import Work, forward_flops
 from haloformer.launcher.plan_model import FP32, Model, Rows, Split, parts_of
 from haloformer.launcher.plan_traffic import Flow
 
@@ -145,6 +145,7 @@ def step_time(
     )
     exposed: dict[str, float] = defaultdict(float)
     hidden: dict[str, float] = defaultdict(float)
+    inner = accumulation * _interior(model, rows, split) / speed
     for flow in flows:
         node, network = place.link_bytes(rank, flow)
         seconds = max(node / device.node_link, network / device.network) / shares.links
@@ -152,8 +153,7 @@ def step_time(
         beside = 0.0
         if flow.kind in ("halo", "halo gradients"):
             # Rows that reach no border are computed meanwhile; the backward has twice as many.
-            beside = accumulation * _interior(model, rows, split) / speed
-            beside *= 2.0 if flow.kind == "halo gradients" else 1.0 + (again == 1.0)
+            beside = inner * (2.0 if flow.kind == "halo gradients" else 1.0 + (again == 1.0))
         elif flow.kind == "weights" and split.zero_stage == 3:
             beside = products  # DeepSpeed fetches the next layer's ahead
         exposed[flow.kind] += max(seconds - beside, 0.0)
@@ -175,9 +175,8 @@ def _interior(model: Model, rows: Rows, split: Split) -> float:
     for layer in model.layers:
         if layer.spec is None:
             continue
-        reach = layer.spec.reach_left + layer.spec.reach_right
-        inside = max(rows.source - reach, 0)
-        flops += 4 * model.hidden * rows.batch * inside * mean_band(layer) / split.tensor
+        inside = max(rows.source - layer.reach, 0)
+        flops += 4 * model.hidden * rows.batch * inside * layer.mean_band / split.tensor
     return flops
 
 
