@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import sys
 from pathlib import Path
 
@@ -201,7 +202,7 @@ def _continuation(
         words += ["--launcher", arguments.launcher]
     if arguments.supervise:
         words.append("--supervise")
-    return " ".join([*words, "--ranks", str(num_slots(job.used)), "--resume", job.plan.run_id])
+    return shlex.join([*words, "--ranks", str(num_slots(job.used)), "--resume", job.plan.run_id])
 
 
 def _program(name: str) -> str:
