@@ -28,7 +28,10 @@ Curve = list[tuple[int, float]]  # optimizer step, value
 
 @dataclass(frozen=True)
 class Arm:
-    """One setting that is compared: a recipe beside this file, and what replaces its values."""
+    """One setting that is compared: a recipe beside this file, and what replaces its values.
+
+    ``SEED`` in an override stands for the seed.
+    """
 
     name: str
     recipe: str
@@ -105,7 +108,8 @@ def run_arms(
     def one(case: tuple[Arm, int]) -> Outcome:
         arm, seed = case
         folder, began = WORK / experiment / f"{arm.name}-{seed}", time.monotonic()
-        train(folder, HERE / f"{arm.recipe}.yaml", seed, arm.overrides)
+        overrides = [override.replace("SEED", str(seed)) for override in arm.overrides]
+        train(folder, HERE / f"{arm.recipe}.yaml", seed, overrides)
         outcome = score(folder, arm, seed)
         minutes = (time.monotonic() - began) / 60
         print(f"{arm.name}, seed {seed}: {outcome.value:.4f} ({minutes:.1f} min)", flush=True)
