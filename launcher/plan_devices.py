@@ -1,7 +1,8 @@
 """Accelerators and their links in numbers, and the shares of them that a step is taken to reach.
 
-Peaks are dense (no sparsity) and links count one direction, as the vendors' data sheets give them;
-the network is that of the vendors' 8-GPU machines, per GPU. The shares are assumptions, stated with
+Peaks are dense (no sparsity) and links count one direction, as the vendors' data sheets give them,
+written down from memory: look one up before you rent by it. The network is that of the vendors'
+8-GPU machines, per GPU. The shares are assumptions, stated with
 every forecast, and no measurement of ours.
 """
 

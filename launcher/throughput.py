@@ -8,8 +8,7 @@ import time
 
 import torch
 
-# Dense bf16 TFLOP/s without sparsity, from the vendors' data sheets.
-GPU_PEAK_TFLOPS = {"H200": 989.0, "H100": 989.0, "A100": 312.0, "L40S": 362.0, "V100": 125.0}
+from haloformer.launcher.plan_devices import DEVICES
 
 
 def peak_flops(device: torch.device) -> float:
@@ -20,7 +19,8 @@ def peak_flops(device: torch.device) -> float:
     """
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
-        return next((1e12 * peak for key, peak in GPU_PEAK_TFLOPS.items() if key in name), 0.0)
+        # A100-80 and A100-40 are one chip, and its name says neither in the same way.
+        return next((d.bf16 for d in DEVICES.values() if d.name.partition("-")[0] in name), 0.0)
     size = 1024
     a = torch.ones(size, size)
     seconds = []
