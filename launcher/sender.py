@@ -189,11 +189,12 @@ class BackgroundSender:
 
     def _run(self) -> None:
         while True:
+            ending = self._ending.is_set()  # before looking: there is always a look after the end
             with self._spool.sending() as mine:
                 if mine:
                     self._send()
                     return
-            if self._ending.is_set():
+            if ending:
                 return
             # The process that sent for this run before is still on its way out.
             self._news.wait(_LOOK_AGAIN_S)
