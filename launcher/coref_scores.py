@@ -19,7 +19,6 @@ from collections.abc import Hashable, Iterable, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import linear_sum_assignment
 
 Clusters = Sequence[Sequence[Hashable]]
 METRICS = ("muc", "b_cubed", "ceaf")
@@ -95,5 +94,7 @@ def _ceaf(
 ) -> float:
     if common.size == 0:
         return 0.0
+    from scipy.optimize import linear_sum_assignment  # half a second that only this score needs
+
     overlap = 2.0 * common / (sizes[:, None] + other_sizes)  # phi 4 of Luo 2005
     return float(overlap[linear_sum_assignment(overlap, maximize=True)].sum())
