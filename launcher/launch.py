@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Container, Mapping, Sequence
+from random import SystemRandom
 
 import psutil
 
@@ -20,6 +21,10 @@ from haloformer.launcher.run_dir import RunDir
 
 WORKER_MODULE = "haloformer.launcher.worker"
 SLURM_TASK_MODULE = "haloformer.launcher.slurm_task"
+
+# Rank 0 listens seconds after its port was chosen. Linux gives ports from 32768 up to whoever does
+# not ask for a number, every connection of every program, so one of those could be gone by then.
+_PORTS = range(20_000, 32_768)
 
 
 class LaunchError(ValueError):
@@ -103,18 +108,25 @@ def choose_port(wanted: int | None, address: str = "127.0.0.1") -> int:
     Raises:
         LaunchError: If the wanted port is taken.
     """
-    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
-        # Connections of an earlier start, closed a moment ago, do not keep the port.
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((address, 0 if wanted is None else wanted))
-        except OSError as error:
-            raise LaunchError(
-                f"--master-port {wanted}: {error.strerror}; "
-                "give another port, or none to take a free one"
-            ) from error
-        port: int = probe.getsockname()[1]
-        return port
+    candidates = SystemRandom().sample(_PORTS, 100) if wanted is None else [wanted]
+    for port in candidates:
+        with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+            # Connections of an earlier start, closed a moment ago, do not keep the port.
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((address, port))
+            except OSError as error:
+                fault = str(error.strerror)
+                continue
+            return port
+    if wanted is None:
+        raise LaunchError(
+            f"no free port found from {_PORTS.start} to {_PORTS.stop - 1} ({fault}); "
+            "give one with --master-port"
+        )
+    raise LaunchError(
+        f"--master-port {wanted}: {fault}; give another port, or none to take a free one"
+    )
 
 
 def alive_ranks(run_dir: RunDir, among: Container[int] | None = None) -> set[int]:

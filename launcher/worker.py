@@ -11,11 +11,11 @@ def main() -> int:
     # The libraries bring a million objects, and none of them ever goes: looking through them again
     # and again is a quarter of the time that a rank takes to start.
     gc.disable()
-    from haloformer.launcher import rank
+    from haloformer.launcher import rank_main
 
     gc.freeze()
     gc.enable()
-    return rank.main()
+    return rank_main.main()
 
 
 if __name__ == "__main__":

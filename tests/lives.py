@@ -9,7 +9,6 @@ import contextlib
 import json
 import os
 import signal
-import socket
 import sqlite3
 import sys
 import tempfile
@@ -26,9 +25,10 @@ from mlflow.store.tracking import sqlalchemy_store
 
 from haloformer.configs.load import parse_config
 from haloformer.configs.schema import TrackingConfig, TrainConfig
-from haloformer.launcher import tracking, worker
+from haloformer.launcher import rank_main, tracking
 from haloformer.launcher.catalog import Catalog, folder_of
 from haloformer.launcher.known_runs import KnownRun, read_known, start_run
+from haloformer.launcher.launch import choose_port
 from haloformer.launcher.run_dir import Orders, Plan, RunDir
 
 BEFORE_THE_FORK = (sqlalchemy_store,)  # MLflow would import it in every rank, for a second
@@ -138,7 +138,7 @@ class Runner:
             )
         )
         self.run_dir.write_orders(Orders(ATTEMPT, stop=False))
-        port = _free_port()
+        port = choose_port(None)
         running = {}
         for rank in range(num_ranks):
             pid = fork(lambda rank=rank: self._be_rank(rank, num_ranks, port, prepare))
@@ -223,7 +223,7 @@ class Runner:
         os.dup2(log.fileno(), 2)
         if prepare is not None:
             prepare(rank)
-        code = worker.main()
+        code = rank_main.main()
         if code:
             sys.exit(code)
 
@@ -251,10 +251,3 @@ def _split(content: bytes) -> tuple[Any, bytes]:
     """safetensors writes the keys of its header in an order of its own: compare it parsed."""
     start = 8 + int.from_bytes(content[:8], "little")
     return json.loads(content[8:start]), content[start:]
-
-
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port: int = listener.getsockname()[1]
-        return port

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
-import random
 import re
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -18,6 +16,8 @@ from pathlib import Path
 
 import boto3
 from moto.server import ThreadedMotoServer
+
+from haloformer.launcher.launch import choose_port
 
 _RANGE = re.compile(r"bytes=(\d+)-(\d+)")
 S3_KEYS = {
@@ -143,20 +143,6 @@ def s3_server(bucket: str) -> Iterator[str]:
         server.stop()
 
 
-def free_port() -> int:
-    """A port for a server that takes seconds to start.
-
-    It lies below the range that the kernel gives to whoever does not ask for a number, so nobody is
-    given it meanwhile.
-    """
-    draw = random.SystemRandom()
-    while True:
-        with contextlib.suppress(OSError):
-            port = draw.randrange(20_000, 32_768)
-            socket.create_server(("127.0.0.1", port)).close()
-            return port
-
-
 class TrackingServer:
     """`mlflow server --serve-artifacts`, which can be stopped and started again.
 
@@ -169,7 +155,7 @@ class TrackingServer:
     def __init__(self, folder: Path, s3_url: str | None = None, bucket: str = "") -> None:
         self.folder, self._s3_url = folder, s3_url
         self._artifacts = f"{folder}/served" if s3_url is None else f"s3://{bucket}/artifacts"
-        self._port = free_port()
+        self._port = choose_port(None)
         self._process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -184,7 +170,9 @@ class TrackingServer:
             *("--port", str(self._port), "--backend-store-uri", f"sqlite:///{self.folder}/db"),
             *("--serve-artifacts", "--artifacts-destination", self._artifacts),
         ]
-        environment = {**os.environ, **S3_KEYS}
+        # Its queues of jobs, which a trainer has no use for, are five more processes.
+        no_jobs = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+        environment = {**os.environ, **S3_KEYS, **no_jobs}
         if self._s3_url is not None:
             environment["MLFLOW_S3_ENDPOINT_URL"] = self._s3_url
         with log.open("wb") as output:

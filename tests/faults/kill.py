@@ -23,7 +23,7 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from haloformer.launcher import checkpoint, worker
+from haloformer.launcher import checkpoint, rank_main
 from haloformer.launcher.checkpoint import CheckpointStore
 from haloformer.launcher.trainer import Trainer
 
@@ -113,7 +113,7 @@ class Doom:
                 committer.delay = doom.delay * 0.1  # files of this model are soon sent
                 return committer
 
-        worker.CheckpointStore = DyingStore
+        rank_main.CheckpointStore = DyingStore
 
 
 def main() -> int:

@@ -14,6 +14,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from haloformer.launcher.launch import choose_port
+
 PROGRAMS = ("munged", "slurmctld", "slurmd", "srun", "sbatch", "scontrol")
 _UP_S = 30.0
 
@@ -64,7 +66,7 @@ def slurm(folder: Path) -> Iterator[dict[str, str]]:
     key.write_bytes(secrets.token_bytes(1024))
     key.chmod(0o400)
     conf = folder / "slurm.conf"
-    ports = {"ctld_port": _free_port(), "d_port": _free_port()}
+    ports = {"ctld_port": choose_port(None), "d_port": choose_port(None)}
     conf.write_text(_CONF.format(host=socket.gethostname(), folder=folder, **ports))
     variables = {"SLURM_CONF": str(conf)}
     try:
@@ -124,12 +126,6 @@ def _end(pid_file: Path) -> None:
             os.kill(pid, 0)
             time.sleep(0.05)  # a poll interval; nothing depends on its length
         os.kill(pid, signal.SIGKILL)
-
-
-def _free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port: int = server.getsockname()[1]
-        return port
 
 
 def _find(program: str) -> str | None:

@@ -17,7 +17,7 @@ from mlflow import MlflowClient
 from checkpoint_ranks import STATE
 from dying import PHASES
 from haloformer.launcher.catalog import Catalog
-from servers import free_port
+from haloformer.launcher.launch import choose_port
 
 TESTS = Path(__file__).parents[1]
 # The others leave the same things behind as these do.
@@ -65,7 +65,7 @@ def experiment(client, folder):
 @pytest.fixture(scope="module")
 def server(folder):
     """A real tracking server that keeps the artifacts to itself; its address."""
-    port = free_port()
+    port = choose_port(None)
     command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1"]
     command += ["--port", str(port), "--workers", "1", "--serve-artifacts"]
     command += ["--backend-store-uri", f"sqlite:///{folder}/server.db"]

@@ -11,12 +11,12 @@ from haloformer.configs.schema import TrackingConfig
 from haloformer.launcher import tracking
 from haloformer.launcher.children import PARENT_TAG, Children
 from haloformer.launcher.known_runs import KnownRun, find_runs, read_known, start_run
+from haloformer.launcher.launch import choose_port
 from haloformer.launcher.sender import Sender
 from haloformer.launcher.spool import Spool
 from haloformer.launcher.sync import deliver
 from haloformer.launcher.tracker import Tracker
 from launcher_runs import TINY
-from servers import free_port
 
 CONFIG = parse_config(
     {
@@ -166,7 +166,7 @@ def test_going_back_into_a_phase_that_was_done_opens_it_again(run, tmp_path: Pat
 def test_a_run_that_began_without_its_server_gets_its_children_when_it_is_back(
     database: str, tmp_path: Path
 ) -> None:
-    away = f"http://127.0.0.1:{free_port()}"
+    away = f"http://127.0.0.1:{choose_port(None)}"
     config = TrackingConfig(experiment=tmp_path.name, artifacts=str(tmp_path / "served"))
     run = start_run(None, away, config, "tiny", tmp_path / "runs")
     folder = folder_of(run, tmp_path)

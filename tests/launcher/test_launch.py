@@ -29,9 +29,13 @@ def test_a_taken_port_is_refused_by_number() -> None:
     assert choose_port(port) == port
 
 
-def test_a_free_port_can_be_bound() -> None:
-    with socket.create_server(("127.0.0.1", choose_port(None))):
+def test_a_free_port_can_be_bound_and_is_none_that_linux_gives_away() -> None:
+    port = choose_port(None)
+    with socket.create_server(("127.0.0.1", port)):
         pass
+    given = Path("/proc/sys/net/ipv4/ip_local_port_range")
+    if given.exists():  # the ranks listen seconds later
+        assert port < int(given.read_text().split()[0])
 
 
 def test_ranks_share_the_cores_and_what_the_user_set_stays() -> None:

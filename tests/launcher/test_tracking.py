@@ -15,12 +15,13 @@ from haloformer.launcher import tracking
 from haloformer.launcher.artifacts import ArtifactFolder
 from haloformer.launcher.cli import main
 from haloformer.launcher.known_runs import KnownRun, create_run, find_runs, read_known, start_run
+from haloformer.launcher.launch import choose_port
 from haloformer.launcher.sender import BackgroundSender, Sender
 from haloformer.launcher.spool import Spool
 from haloformer.launcher.sync import deliver
 from haloformer.launcher.system_metrics import SystemSampler
 from haloformer.launcher.tracker import Tracker
-from servers import FileServer, free_port
+from servers import FileServer
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +31,7 @@ def database(tmp_path_factory) -> str:
 
 @pytest.fixture
 def away() -> str:
-    return f"http://127.0.0.1:{free_port()}"
+    return f"http://127.0.0.1:{choose_port(None)}"
 
 
 @pytest.fixture
