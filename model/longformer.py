@@ -79,6 +79,7 @@ class LongformerForMaskedLM(nn.Module):
         labels: Int[Tensor, "b n"],
         shard: SequenceShard,
         step: DropoutStep | None = None,
+        positions: Int[Tensor, "b n"] | None = None,
     ) -> MaskedLmOutput:
         """Predict the masked tokens of this rank's rows.
 
@@ -87,12 +88,13 @@ class LongformerForMaskedLM(nn.Module):
             labels: [B, n] int64, the true token at masked positions and -100 elsewhere.
             shard: What the sequence is and which rows are here.
             step: Names the dropout masks; None drops nothing (evaluation).
+            positions: [B, n] int64 rows of the position table; None counts the real tokens.
 
         Returns:
             Loss summed over this rank's targets, and the logits there. A rank without targets
             runs the same operations on zero rows: its loss is 0 and its graph is complete.
         """
-        hidden = self.encoder(input_ids, shard, step)
+        hidden = self.encoder(input_ids, shard, step, positions)
         targets = labels != IGNORED_LABEL
         # Only masked rows get logits: 15 % of a [N, V] matrix that would dwarf the activations.
         logits = self.head(hidden[targets], self.encoder.embeddings.word_embeddings.weight)
