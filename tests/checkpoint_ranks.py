@@ -7,6 +7,7 @@ SPEC is a JSON file: {"results": PATH, "jobs": [{"action": ..., "uri": ..., "run
 A job's result is what its rank 0 returned, or null if a rank was killed.
 """
 
+import gc
 import json
 import os
 import signal
@@ -192,6 +193,7 @@ ACTIONS = {
 
 
 def child(rank, job, folder):
+    gc.freeze()  # as in dist.py
     signal.alarm(LIMIT_S)  # a rank that waits for a dead one ends by itself
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     torch.distributed.init_process_group(

@@ -6,6 +6,7 @@ open connection: whatever asks MLflow something does so in a child, too (``in_ch
 """
 
 import contextlib
+import gc
 import json
 import os
 import signal
@@ -55,6 +56,7 @@ def fork(work: Callable[[], Any]) -> int:
         return pid
     code = 1
     try:
+        gc.freeze()  # as in dist.py
         signal.alarm(LIMIT_S)  # a rank that waits for a dead one ends by itself
         work()
         code = 0

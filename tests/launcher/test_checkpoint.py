@@ -6,7 +6,6 @@ The ranks are in tests/checkpoint_ranks.py; what they left behind is looked at h
 import json
 import logging
 import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +16,7 @@ from mlflow import MlflowClient
 from checkpoint_ranks import STATE
 from dying import PHASES
 from haloformer.launcher.catalog import Catalog
-from haloformer.launcher.launch import choose_port
+from servers import TrackingServer
 
 TESTS = Path(__file__).parents[1]
 # The others leave the same things behind as these do.
@@ -65,29 +64,10 @@ def experiment(client, folder):
 @pytest.fixture(scope="module")
 def server(folder):
     """A real tracking server that keeps the artifacts to itself; its address."""
-    port = choose_port(None)
-    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1"]
-    command += ["--port", str(port), "--workers", "1", "--serve-artifacts"]
-    command += ["--backend-store-uri", f"sqlite:///{folder}/server.db"]
-    command += ["--artifacts-destination", str(folder / "served")]
-    process = subprocess.Popen(
-        command,
-        stderr=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
-        text=True,
-        start_new_session=True,
-    )
-    assert process.stderr is not None
-    lines = []
-    for line in process.stderr:
-        lines.append(line)
-        if "Application startup complete" in line:
-            break
-    assert "Application startup complete" in lines[-1], "".join(lines)
-    yield f"http://127.0.0.1:{port}"
-    os.killpg(process.pid, signal.SIGKILL)  # its own group, workers included
-    process.wait(timeout=30)
-    process.stderr.close()
+    server = TrackingServer(folder)
+    server.start()
+    yield server.url
+    server.stop()
 
 
 @pytest.fixture(scope="module")
