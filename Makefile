@@ -49,8 +49,9 @@ train-led: $(STAMP) $(ENWIKI)
 	@$(BIN)/haloformer train wiki_led --ranks 2
 	@$(BIN)/haloformer evaluate latest --data data/wiki_lead/eval
 
+# Two processes: one alone waits for ranks half of its time, more would want more cores and memory.
 test: $(STAMP)
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
 
 lint: $(STAMP)
 	@$(BIN)/ruff check .
