@@ -1,4 +1,4 @@
-"""How the tests are shared out where several processes run them (``pytest -n 2``, ``make test``)."""
+"""How the tests are shared out where several processes run them (`pytest -n 2`, `make test`)."""
 
 import pytest
 
