@@ -166,7 +166,8 @@ def grad_norm(engine: Engine) -> float:
 
 
 def _adam_options(optim: OptimConfig) -> dict[str, Any]:
-    return {"lr": optim.learning_rate, "betas": optim.betas, "eps": optim.eps}
+    # One pass over the memory instead of ten, on CPUs too.
+    return {"lr": optim.learning_rate, "betas": optim.betas, "eps": optim.eps, "fused": True}
 
 
 def _deepspeed_config(

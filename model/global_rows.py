@@ -7,9 +7,10 @@ from torch import Tensor, nn
 
 from haloformer.kernels.fold import attend_folded, fold_query, folding_pays, unfold_answer
 from haloformer.kernels.global_tokens import GlobalAttention, attend_globally
+from haloformer.model.layers import Linear
 
 
-class GlobalKey(nn.Linear):
+class GlobalKey(Linear):
     """The projection ``key_global``: of the sequence, or folded into the query.
 
     Both are calls of the module, because ZeRO-3 brings its weights only for a call.
@@ -20,7 +21,7 @@ class GlobalKey(nn.Linear):
         return fold_query(x, self.weight, self.bias) if fold else super().forward(x)
 
 
-class GlobalValue(nn.Linear):
+class GlobalValue(Linear):
     """The projection ``value_global``: of the sequence, or of the averaged hidden states."""
 
     def forward(self, x: Tensor, fold: bool = False) -> Tensor:

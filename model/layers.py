@@ -13,8 +13,18 @@ import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
+from haloformer.kernels import products
+
 Initializer = Callable[[Tensor], Tensor]
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
+
+
+class Linear(nn.Linear):
+    """``nn.Linear`` whose fp32 products on a CPU are oneDNN's."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., I] -> [..., O]."""
+        return products.linear(x, self.weight, self.bias)
 
 
 def normal_initializer(std: float) -> Initializer:
@@ -50,7 +60,7 @@ def column_linear(
         in_features: Features of the input, whole on every rank.
         out_features: Features of the output over all ranks.
         std: Standard deviation of the initial weight; the bias starts at zero.
-        tensor_group: Tensor-parallel group; None gives ``nn.Linear``.
+        tensor_group: Tensor-parallel group; None gives :class:`Linear`.
 
     Returns:
         A module ``[..., in_features] -> [..., out_features / tensor ranks]``.
@@ -71,7 +81,7 @@ def row_linear(
         in_features: Features of the input over all ranks.
         out_features: Features of the output, whole on every rank.
         std: Standard deviation of the initial weight; the bias starts at zero.
-        tensor_group: Tensor-parallel group; None gives ``nn.Linear``.
+        tensor_group: Tensor-parallel group; None gives :class:`Linear`.
 
     Returns:
         A module ``[..., in_features / tensor ranks] -> [..., out_features]``.
@@ -144,14 +154,14 @@ def vocab_logits(
         from haloformer.model.megatron_layers import enter_split
 
         features = enter_split(features, tensor_group)
-    return nn.functional.linear(features, weight, bias)
+    return products.linear(features, weight, bias)
 
 
 def plain_linear(
-    in_features: int, out_features: int, std: float, kind: type[nn.Linear] = nn.Linear
-) -> nn.Linear:
+    in_features: int, out_features: int, std: float, kind: type[Linear] = Linear
+) -> Linear:
     """A linear that is whole on every rank: weight from N(0, std), bias zero."""
-    linear: nn.Linear = _unfilled(lambda: kind(in_features, out_features))
+    linear = _unfilled(lambda: kind(in_features, out_features))
     normal_initializer(std)(linear.weight.data)
     torch.nn.init.zeros_(linear.bias)
     return linear

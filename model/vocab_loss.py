@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -10,6 +11,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
+
+_ELEMENTS_AT_ONCE = 1 << 20
 
 
 def token_loss(
@@ -55,17 +58,16 @@ class _TokenLoss(torch.autograd.Function):
     ) -> Tensor:
         first = 0 if group is None else group.rank() * logits.shape[1]
         real = max(0, min(vocab_size - first, logits.shape[1]))  # columns that are no padding
-        scores = logits if logits.dtype == torch.float64 else logits.float()
-        scores = scores[:, :real]
         other = smoothing / (vocab_size - 1)
-        lse = _logsumexp(scores, group)
+        scores = logits[:, :real]
+        lse, scores_sum = _statistics(scores, group, with_sum=other != 0.0)
         mine = (targets >= first) & (targets < first + real)
         column = (targets - first).where(mine, 0)
-        chosen = scores.new_zeros(scores.shape[0])
+        chosen = lse.new_zeros(lse.shape)
         if real:
-            chosen = scores.gather(1, column[:, None])[:, 0].where(mine, 0.0)
+            chosen = scores.gather(1, column[:, None])[:, 0].to(lse.dtype).where(mine, 0.0)
         # What the target distribution gives to the scores, summed over the vocabulary.
-        expected = (1.0 - smoothing - other) * chosen + other * scores.sum(1)
+        expected = (1.0 - smoothing - other) * chosen + other * scores_sum
         ctx.group_sizes = (real, smoothing, other)
         ctx.save_for_backward(logits, lse, column, mine)
         return lse - _sum_(expected, group)
@@ -75,25 +77,40 @@ class _TokenLoss(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         logits, lse, column, mine = ctx.saved_tensors
         real, smoothing, other = ctx.group_sizes
-        grad_logits = torch.zeros(logits.shape, dtype=lse.dtype, device=lse.device)
-        part = grad_logits[:, :real]
+        grad_logits = torch.empty_like(logits, memory_format=torch.contiguous_format)
+        grad_logits[:, real:] = 0.0
         if real:
-            torch.sub(logits[:, :real], lse[:, None], out=part)
-            part.exp_().sub_(other)
-            true = ((1.0 - smoothing - other) * mine).to(part.dtype)
-            part.scatter_add_(1, column[:, None], -true[:, None])
-            part.mul_(grad[:, None])
-        return grad_logits.to(logits.dtype), None, None, None, None
+            true = ((1.0 - smoothing - other) * mine).to(lse.dtype)
+            for rows in _few_rows(logits):
+                part = torch.sub(logits[rows, :real], lse[rows, None]).exp_().sub_(other)
+                part.scatter_add_(1, column[rows, None], -true[rows, None])
+                grad_logits[rows, :real] = part.mul_(grad[rows, None])
+        return grad_logits, None, None, None, None
 
 
-def _logsumexp(scores: Tensor, group: ProcessGroup | None) -> Tensor:
-    top = scores.new_full((scores.shape[0],), -torch.inf)
+def _few_rows(scores: Tensor) -> Iterator[slice]:
+    """All rows, a few at a time: what is made of them on the way stays in a cache."""
+    step = max(1, _ELEMENTS_AT_ONCE // max(1, scores.shape[1]))
+    for start in range(0, scores.shape[0], step):
+        yield slice(start, start + step)
+
+
+def _statistics(
+    scores: Tensor, group: ProcessGroup | None, with_sum: bool
+) -> tuple[Tensor, Tensor]:
+    """Log-sum-exp [T] over all ranks, and the sum [T] of this rank's scores if it is wanted."""
+    dtype = torch.float64 if scores.dtype == torch.float64 else torch.float32
+    top = scores.new_full((scores.shape[0],), -torch.inf, dtype=dtype)
+    total, summed = torch.zeros_like(top), torch.zeros_like(top)
     if scores.shape[1]:
-        top = scores.amax(1)
+        top = scores.amax(1).to(dtype)
     if group is not None and top.numel():
         dist.all_reduce(top, op=dist.ReduceOp.MAX, group=group)
-    total = torch.exp(scores - top[:, None]).sum(1)
-    return top + _sum_(total, group).log()
+    for rows in _few_rows(scores):
+        total[rows] = torch.sub(scores[rows], top[rows, None]).exp_().sum(1)
+        if with_sum:
+            summed[rows] = scores[rows].sum(1, dtype=dtype)
+    return top + _sum_(total, group).log(), summed
 
 
 def _sum_(x: Tensor, group: ProcessGroup | None) -> Tensor:
