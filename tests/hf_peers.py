@@ -10,6 +10,41 @@ from torch import nn
 from haloformer.model.convert import load_pretrained, parameter_names
 
 VOCAB = 53
+# Small, and no two sizes alike that could be taken for each other.
+LONGFORMER = {
+    "vocab_size": VOCAB,
+    "hidden_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 3,
+    "intermediate_size": 40,
+    "max_position_embeddings": 70,
+    "attention_window": [4, 8],
+    "hidden_dropout_prob": 0.0,
+    "attention_probs_dropout_prob": 0.0,
+}
+ROBERTA = {
+    **{key: size for key, size in LONGFORMER.items() if key != "attention_window"},
+    "max_position_embeddings": 34,
+    "type_vocab_size": 1,
+}
+BART = {
+    "vocab_size": VOCAB,
+    "d_model": 24,
+    "encoder_layers": 2,
+    "decoder_layers": 2,
+    "encoder_attention_heads": 3,
+    "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 40,
+    "decoder_ffn_dim": 32,
+    "max_position_embeddings": 32,
+    "dropout": 0.0,
+}
+LED = {
+    **{key: size for key, size in BART.items() if key != "max_position_embeddings"},
+    "max_encoder_position_embeddings": 64,
+    "max_decoder_position_embeddings": 40,
+    "attention_window": [4, 8],
+}
 KEY_BIASES = (".key.bias", ".key_global.bias", ".k_proj.bias")
 
 

@@ -10,34 +10,13 @@ import hf_peers
 from haloformer.launcher.cli import main
 from haloformer.launcher.new_folder import new_folder
 
-ROBERTA = {
-    "vocab_size": hf_peers.VOCAB,
-    "hidden_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 3,
-    "intermediate_size": 40,
-    "max_position_embeddings": 34,
-    "type_vocab_size": 1,
-}
-BART = {
-    "vocab_size": hf_peers.VOCAB,
-    "d_model": 24,
-    "encoder_layers": 1,
-    "decoder_layers": 1,
-    "encoder_attention_heads": 3,
-    "decoder_attention_heads": 3,
-    "encoder_ffn_dim": 40,
-    "decoder_ffn_dim": 32,
-    "max_position_embeddings": 32,
-}
-
 
 def short_model(folder, kind):
     torch.manual_seed(0)
     if kind == "roberta":
-        peer = transformers.RobertaForMaskedLM(transformers.RobertaConfig(**ROBERTA))
+        peer = transformers.RobertaForMaskedLM(transformers.RobertaConfig(**hf_peers.ROBERTA))
     else:
-        peer = transformers.BartForConditionalGeneration(transformers.BartConfig(**BART))
+        peer = transformers.BartForConditionalGeneration(transformers.BartConfig(**hf_peers.BART))
     hf_peers.scrambled(peer).eval().save_pretrained(folder)
     settings = {"tokenizer_class": "RobertaTokenizer", "model_max_length": 32}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
@@ -82,7 +61,7 @@ def test_wrong_input_is_one_line_exit_2_and_nothing_is_written(tmp_path, capsys)
     short_model(tmp_path / "short", "roberta")
     short_model(tmp_path / "pickled", "roberta")
     (tmp_path / "pickled" / "model.safetensors").rename(tmp_path / "pickled" / "pytorch_model.bin")
-    sizes = {key: ROBERTA[key] for key in ROBERTA if key != "type_vocab_size"}
+    sizes = {key: n for key, n in hf_peers.ROBERTA.items() if key != "type_vocab_size"}
     transformers.BertModel(transformers.BertConfig(**sizes)).save_pretrained(tmp_path / "bert")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "notes.txt").write_text("mine")

@@ -16,19 +16,7 @@ from haloformer.data_pipeline.tokenizer_json import write_for_transformers
 from haloformer.data_pipeline.tokenizers import ByteTokenizer
 from haloformer.launcher.cli import main
 
-SIZES = {
-    "vocab_size": ByteTokenizer.vocab_size,
-    "d_model": 24,
-    "encoder_layers": 2,
-    "decoder_layers": 2,
-    "encoder_attention_heads": 3,
-    "decoder_attention_heads": 4,
-    "encoder_ffn_dim": 40,
-    "decoder_ffn_dim": 32,
-    "max_encoder_position_embeddings": 64,
-    "max_decoder_position_embeddings": 40,
-    "attention_window": [4, 8],
-}
+SIZES = {**hf_peers.LED, "vocab_size": ByteTokenizer.vocab_size}
 DOCUMENTS = ["Long reports make short summaries.", "", "Zwei Größen: n und w.", "a b a b a b a b"]
 BEAMS = {"num_beams": 4, "min_length": 6, "length_penalty": 1.5, "no_repeat_ngram_size": 2}
 

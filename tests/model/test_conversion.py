@@ -8,36 +8,17 @@ import hf_peers
 from haloformer.model.conversion import convert_folder, repeat_positions
 from haloformer.model.convert import load_pretrained
 
-SIZES = {
-    "vocab_size": hf_peers.VOCAB,
-    "hidden_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 3,
-    "intermediate_size": 40,
-    "max_position_embeddings": 34,
-    "type_vocab_size": 1,
-}
-BART_SIZES = {
-    "vocab_size": hf_peers.VOCAB,
-    "d_model": 24,
-    "encoder_layers": 2,
-    "decoder_layers": 2,
-    "encoder_attention_heads": 3,
-    "decoder_attention_heads": 4,
-    "encoder_ffn_dim": 40,
-    "decoder_ffn_dim": 32,
-    "max_position_embeddings": 32,
-}
-
 
 def roberta(cls="RobertaForMaskedLM"):
     torch.manual_seed(0)
-    return hf_peers.scrambled(getattr(transformers, cls)(transformers.RobertaConfig(**SIZES)))
+    return hf_peers.scrambled(
+        getattr(transformers, cls)(transformers.RobertaConfig(**hf_peers.ROBERTA))
+    )
 
 
 def bart():
     torch.manual_seed(0)
-    config = transformers.BartConfig(**BART_SIZES)
+    config = transformers.BartConfig(**hf_peers.BART)
     return hf_peers.scrambled(transformers.BartForConditionalGeneration(config))
 
 
@@ -121,7 +102,9 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(tmp_path):
     for positions, window, message in ((16, 8, "16 is less than the 32"), (64, 7, "even number")):
         with pytest.raises(ValueError, match=message):
             convert_folder(tmp_path / "short", tmp_path / "long", positions, window)
-    transformers.BertModel(transformers.BertConfig(**SIZES)).save_pretrained(tmp_path / "bert")
+    transformers.BertModel(transformers.BertConfig(**hf_peers.ROBERTA)).save_pretrained(
+        tmp_path / "bert"
+    )
     with pytest.raises(ValueError, match="model_type is 'bert'; only roberta and bart"):
         convert_folder(tmp_path / "bert", tmp_path / "long", 64, 8)
     assert not (tmp_path / "long").exists()

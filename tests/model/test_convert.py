@@ -30,20 +30,8 @@ def seeded():
 
 
 def peer_config(window, **more):
-    settings = {
-        "vocab_size": hf_peers.VOCAB,
-        "hidden_size": 24,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 3,
-        "intermediate_size": 40,
-        "max_position_embeddings": 70,
-        "attention_window": window,
-        "hidden_dropout_prob": 0.0,
-        "attention_probs_dropout_prob": 0.0,
-        "initializer_range": 0.2,
-        "layer_norm_eps": 1e-5,
-    }
-    return transformers.LongformerConfig(**{**settings, **more})
+    fixed = {"attention_window": window, "initializer_range": 0.2, "layer_norm_eps": 1e-5}
+    return transformers.LongformerConfig(**{**hf_peers.LONGFORMER, **fixed, **more})
 
 
 def labels_for(ids, mask, seed=1):

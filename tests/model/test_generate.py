@@ -23,21 +23,7 @@ MAX_LENGTH = 16
 
 
 def peer_model(seed, *, random=True):
-    config = transformers.LEDConfig(
-        vocab_size=hf_peers.VOCAB,
-        d_model=24,
-        encoder_layers=2,
-        decoder_layers=2,
-        encoder_attention_heads=3,
-        decoder_attention_heads=4,
-        encoder_ffn_dim=40,
-        decoder_ffn_dim=32,
-        max_encoder_position_embeddings=64,
-        max_decoder_position_embeddings=40,
-        attention_window=[4, 8],
-        dropout=0.0,
-        init_std=0.1,
-    )
+    config = transformers.LEDConfig(**{**hf_peers.LED, "init_std": 0.1})
     torch.manual_seed(seed)
     peer = transformers.LEDForConditionalGeneration(config)
     if random:

@@ -27,22 +27,9 @@ def seeded():
 
 
 def peer_config(window, **more):
-    settings = {
-        "vocab_size": hf_peers.VOCAB,
-        "d_model": 24,
-        "encoder_layers": 2,
-        "decoder_layers": 2,
-        "encoder_attention_heads": 3,
-        "decoder_attention_heads": 4,
-        "encoder_ffn_dim": 40,
-        "decoder_ffn_dim": 32,
-        "max_encoder_position_embeddings": 64,
-        "max_decoder_position_embeddings": 40,
-        "attention_window": window,
-        "dropout": 0.0,
-        "init_std": 0.2,
-    }
-    return transformers.LEDConfig(**{**settings, **more})
+    return transformers.LEDConfig(
+        **{**hf_peers.LED, "attention_window": window, "init_std": 0.2, **more}
+    )
 
 
 def peer_model(window, **more):

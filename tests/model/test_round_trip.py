@@ -8,43 +8,17 @@ import hf_peers
 from dist import run_ranks
 from round_trip_ranks import train_and_export
 
-LONGFORMER = {
-    "vocab_size": hf_peers.VOCAB,
-    "hidden_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 3,
-    "intermediate_size": 40,
-    "max_position_embeddings": 70,
-    "attention_window": [4, 8],
-    "hidden_dropout_prob": 0.0,
-    "attention_probs_dropout_prob": 0.0,
-}
-LED = {
-    "vocab_size": hf_peers.VOCAB,
-    "d_model": 24,
-    "encoder_layers": 2,
-    "decoder_layers": 2,
-    "encoder_attention_heads": 3,
-    "decoder_attention_heads": 4,
-    "encoder_ffn_dim": 40,
-    "decoder_ffn_dim": 32,
-    "max_encoder_position_embeddings": 64,
-    "max_decoder_position_embeddings": 40,
-    "attention_window": [4, 8],
-    "dropout": 0.0,
-}
-
 
 @pytest.mark.parametrize("kind", ["longformer", "led"])
 def test_training_here_and_there_agree(kind, tmp_path):
     torch.manual_seed(0)
     batch = hf_peers.batch([32, 21, 9], [[0, 17], [0], []])
     if kind == "longformer":
-        config = transformers.LongformerConfig(**LONGFORMER)
+        config = transformers.LongformerConfig(**hf_peers.LONGFORMER)
         cls = transformers.LongformerForMaskedLM
         labels = torch.where((batch[0] % 3 == 0) & batch[1].bool(), batch[0], -100)
     else:
-        config = transformers.LEDConfig(**LED)
+        config = transformers.LEDConfig(**hf_peers.LED)
         cls = transformers.LEDForConditionalGeneration
         labels, real, _ = hf_peers.batch([8, 5, 2], [], seed=4)
         labels[real == 0] = -100
