@@ -1,8 +1,9 @@
 """Where the time of a whole training step goes: a table by kind of work, and a flame picture.
 
-One rank of ``haloformer bench step`` on one thread, with torch's profiler around one step. Times
-are CPU time of operators, so a busy machine blurs them less than a clock would; the profiler
-itself adds a few percent to small operators.
+One rank on one thread, with torch's profiler around one step: ``mlm`` and ``led`` are the cases of
+``haloformer bench step``, ``char_lm`` is one sequence of the recipe char_lm_small in fp32 without
+recompute. Times are CPU time of operators, so a busy machine blurs them less than a clock would;
+the profiler itself adds a few percent to small operators.
 
     python experiments/step_profile.py mlm --name before
 """
@@ -13,7 +14,7 @@ import argparse
 import json
 import os
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -36,12 +37,63 @@ class Frame:
             self.children[path[0]].add(path[1:], seconds)
 
 
-def profile_step(case: Any, steps: int) -> list[Any]:
+def char_lm_step() -> Callable[[int], float]:
+    """One sequence of the first phase of char_lm_small."""
+    import numpy as np
+    import torch
+
+    from haloformer.configs.load import load_config
+    from haloformer.data_pipeline.batch import Batch
+    from haloformer.launcher.engine import backward, build_engine, rank_loss
+    from haloformer.launcher.runtime import init_distributed
+    from haloformer.launcher.tasks import task_of
+    from haloformer.launcher.topology import Layout, build_topology
+    from haloformer.model.dropout_sites import DropoutStep
+
+    config = load_config(
+        "char_lm_small",
+        ["batch.global_batch=1", "parallel.precision=fp32", "model.recompute=none"],
+    )
+    init_distributed()
+    topology = build_topology(Layout(data=1, context=1))
+    task = task_of(config)
+    torch.manual_seed(0)
+    engine = build_engine(task.build_model(config, 256, topology), config, topology)
+    text = np.random.default_rng(0).integers(0, 256, (1, config.data.seq_len + 1))
+    batch = Batch(
+        input_ids=text[:, :-1],
+        labels=text[:, 1:],
+        attention_mask=np.ones((1, config.data.seq_len), np.bool_),
+        segment_ids=None,
+        global_positions=np.zeros((1, 0), np.int64),
+        global_mask=np.zeros((1, 0), np.bool_),
+        sample_ids=np.zeros(1, np.int64),
+        spans=((),),
+    )
+
+    def step(number: int) -> float:
+        (inputs,) = task.micro_batches(batch, 1, topology)
+        output = engine(*inputs, DropoutStep(0, number))
+        backward(engine, rank_loss(output.loss_sum, config.data.seq_len, topology))
+        engine.step()
+        return output.loss_sum.item()
+
+    return step
+
+
+def bench_step(name: str, tokens: int | None) -> Callable[[int], float]:
+    """A case of ``haloformer bench step``."""
+    from haloformer.launcher.bench_step_cases import REAL
+    from haloformer.launcher.bench_step_worker import ours
+
+    case = REAL[name]
+    return ours(case if tokens is None else replace(case, tokens=tokens))
+
+
+def profile_step(step: Callable[[int], float], steps: int) -> list[Any]:
     """Operator events of one training step, after ``steps`` others."""
     import torch
     from torch.profiler import ProfilerActivity, profile, record_function
-
-    from haloformer.launcher.bench_step_worker import ours
 
     marks: list[Any] = []
 
@@ -52,7 +104,6 @@ def profile_step(case: Any, steps: int) -> list[Any]:
     def leave(*_: Any) -> None:
         marks.pop().__exit__(None, None, None)
 
-    step = ours(case)
     for number in range(steps):
         step(number)
     hooks = [
@@ -153,27 +204,25 @@ def main() -> None:
     arguments = parser.parse_args()
     os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "OMP_NUM_THREADS": "1"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-    from haloformer.launcher.bench_step_cases import REAL
     from haloformer.launcher.launch import choose_port
 
     os.environ["MASTER_PORT"] = str(choose_port(None))
-    case = REAL[arguments.case]
-    if arguments.tokens is not None:
-        case = replace(case, tokens=arguments.tokens)
+    char_lm = arguments.case == "char_lm"
+    step = char_lm_step() if char_lm else bench_step(arguments.case, arguments.tokens)
     root, kinds = Frame(), defaultdict(float)
-    for path, seconds in own_times(profile_step(case, arguments.warm_up)):
+    for path, seconds in own_times(profile_step(step, arguments.warm_up)):
         root.add(path, seconds)
         kinds[kind_of(path)] += seconds
     table = sorted(kinds.items(), key=lambda item: -item[1])
-    print(f"{arguments.case}, {case.tokens} tokens, one thread: {root.seconds:.2f} s of CPU")
+    print(f"{arguments.case}, one thread: {root.seconds:.2f} s of CPU")
     for kind, seconds in table[:18]:
         print(f"{kind:44}{seconds:8.2f} s {seconds / root.seconds:6.1%}")
     stem = RESULTS / f"step_profile-{arguments.case}-{arguments.name}"
-    record = {"case": arguments.case, "tokens": case.tokens, "seconds": root.seconds}
+    record = {"case": arguments.case, "tokens": arguments.tokens, "seconds": root.seconds}
     stem.with_suffix(".json").write_text(
         json.dumps(record | {"kinds": {k: round(s, 3) for k, s in table}}, indent=1) + "\n"
     )
-    draw(root, f"{arguments.case}, {case.tokens} tokens: {root.seconds:.1f} s", stem)
+    draw(root, f"{arguments.case}: {root.seconds:.1f} s of CPU on one thread", stem)
 
 
 def draw(root: Frame, title: str, stem: Path) -> None:

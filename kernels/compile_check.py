@@ -3,7 +3,7 @@
 ``python -m haloformer.kernels.compile_check`` compiles what the launchers would launch (the same
 argument functions, on meta tensors) for sm_80, sm_90 and gfx942, looks into the machine code and
 prints one line per kernel and target. A kernel passes when it needs no stack, has no local loads
-or stores, fits the shared memory, and multiplies on tensor cores.
+or stores, fits the shared memory, and multiplies, if it multiplies, on tensor cores.
 """
 
 from __future__ import annotations
@@ -37,9 +37,12 @@ from haloformer.kernels.triton_bwd import (
     query_grad_kernel,
 )
 from haloformer.kernels.triton_bwd_keys import global_grad_kernel, key_grad_kernel
+from haloformer.kernels.triton_dropout import DROPOUT_TILE, dropout_arguments, dropout_kernel
 from haloformer.kernels.triton_fwd import forward_arguments, forward_kernel
 
-KERNELS = ("forward", "query_grad", "key_grad", "global_grad")
+KERNELS = ("forward", "query_grad", "key_grad", "global_grad", "dropout")
+# They multiply nothing, so they need no tensor cores.
+WITHOUT_PRODUCTS = ("dropout",)
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
     "sm_90": GPUTarget("cuda", 90, 32),
@@ -155,6 +158,11 @@ def kernel_and_arguments(job: Job) -> tuple[Any, Tile, dict[str, Any]]:
     elif job.kernel == "query_grad":
         kernel = query_grad_kernel
         tile, arguments = query_grad_arguments(x, job.arch, rows | {"OUT": out}, out)
+    elif job.kernel == "dropout":
+        kernel, tile = dropout_kernel, DROPOUT_TILE
+        hidden = out.flatten(2)
+        bases = torch.empty(hidden.shape[0], 1, dtype=torch.int32, device="meta")
+        arguments = dropout_arguments(hidden, bases, hidden, 0.1, 4096, 0)
     elif job.kernel == "key_grad":
         kernel = key_grad_kernel
         tile, arguments = key_grad_arguments(x, job.arch, rows, (like_key, like_key))
@@ -244,10 +252,11 @@ def check(job: Job, changed: Mapping[str, Any] = MappingProxyType({})) -> Report
         faults.append(f"{stack} bytes of stack")
     if local:
         faults.append(f"{local} local loads/stores")
-    if not tensor:
+    needs_tensor_cores = job.kernel not in WITHOUT_PRODUCTS
+    if needs_tensor_cores and not tensor:
         faults.append("no tensor-core instruction")
     excused = (job.kernel, job.dtype, job.head_dim) in WITHOUT_WGMMA
-    if job.arch == "sm_90" and not wgmma and not excused:
+    if needs_tensor_cores and job.arch == "sm_90" and not wgmma and not excused:
         faults.append("no wgmma instruction")
     if shared > SHARED_LIMIT[job.arch]:
         faults.append(f"{shared} bytes of shared memory exceed {SHARED_LIMIT[job.arch]}")
@@ -260,8 +269,10 @@ def all_jobs() -> Iterator[Job]:
         for dtype in DTYPES:
             for head_dim in PADDED_DIMS:
                 for kernel in KERNELS:
+                    if kernel == "dropout" and head_dim != PADDED_DIMS[0]:
+                        continue  # it knows no heads
                     yield Job(kernel, arch, dtype, head_dim)
-                    if kernel != "global_grad":  # it exists only with global keys
+                    if kernel not in ("global_grad", "dropout"):  # those have no plain form
                         yield Job(kernel, arch, dtype, head_dim, plain=True)
 
 

@@ -135,37 +135,3 @@ def keep_mask(bases: Tensor, rows: Tensor, columns: Tensor, rate: float) -> Tens
     row_hash = mix32_(bases + rows.to(torch.int32) * signed32(ROW_STEP))
     bits = mix32_(row_hash + columns.to(torch.int32) * signed32(COLUMN_STEP))
     return (bits & 0x7FFFFFFF) >= drop_threshold(rate)
-
-
-def hidden_dropout(
-    x: Tensor,
-    rate: float,
-    key: int,
-    sample_ids: Tensor,
-    first_row: int = 0,
-    first_column: int = 0,
-) -> Tensor:
-    """Drop features of hidden states by (sample, token position, feature).
-
-    Args:
-        x: [B, N, E] hidden states of a shard.
-        rate: Probability of dropping; kept elements are scaled by 1 / (1 - rate).
-        key: Key of the site, from :func:`fold_key`.
-        sample_ids: [B] int64, the place of each example in the global batch.
-        first_row: Position in the whole sequence of row 0.
-        first_column: Number of feature 0 where tensor parallelism splits the features.
-
-    Returns:
-        [B, N, E] in the dtype of ``x``; ``x`` itself when the rate is 0.
-    """
-    if rate == 0.0:
-        return x
-    rows = torch.arange(first_row, first_row + x.shape[1], device=x.device)
-    columns = torch.arange(first_column, first_column + x.shape[2], device=x.device)
-    keep = keep_mask(
-        hash_bases(key, sample_ids, (0,))[:, :, None],
-        rows[None, :, None],
-        columns[None, None, :],
-        rate,
-    )
-    return torch.where(keep, x * (1.0 / (1.0 - rate)), 0.0)

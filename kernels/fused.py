@@ -31,7 +31,7 @@ def can_run_triton(query: Tensor, key: Tensor, band: Band) -> str | None:
         band: Who may see whom.
     """
     batch, _, num_heads, head_dim = query.shape
-    reason: str | None = _machine_reason(query.device.type)
+    reason: str | None = can_run_here(query.device.type)
     if reason is not None:
         return reason
     if query.dtype not in _DTYPES:
@@ -49,7 +49,8 @@ def can_run_triton(query: Tensor, key: Tensor, band: Band) -> str | None:
 
 # Looks at the installation, which torch.compile could not trace and need not trace.
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _machine_reason(device_type: str) -> str | None:
+def can_run_here(device_type: str) -> str | None:
+    """Why no Triton kernel can run on tensors of a device type, or None if they can."""
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
     if device_type != "cuda" and not interpreted():

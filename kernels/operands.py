@@ -81,9 +81,12 @@ class BandOperands:
 
     def device_guard(self) -> contextlib.AbstractContextManager[Any]:
         """Make the operands' device current: Triton launches on the current one."""
-        if self.query.is_cuda:
-            return torch.cuda.device(self.query.device)
-        return contextlib.nullcontext()
+        return device_guard(self.query.device)
+
+
+def device_guard(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Make a device current, where there is something to make current."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 def _ceil_div(a: int, b: int) -> int:

@@ -11,7 +11,7 @@ from torch.distributed import ProcessGroup
 from torch.nn import functional
 
 from haloformer.configs.models import EncoderConfig
-from haloformer.kernels.dropout import hidden_dropout
+from haloformer.kernels.hidden_dropout import hidden_dropout
 from haloformer.kernels.sharded import SequenceShard
 from haloformer.model.dropout_sites import DropoutStep, Site
 from haloformer.model.encoder import LongformerEncoder

@@ -23,8 +23,9 @@ from haloformer.configs.schema import LedConfig
 from haloformer.kernels.band import Band
 from haloformer.kernels.cross_attention import CrossAttention, cross_attention
 from haloformer.kernels.dispatch import choose_backend
-from haloformer.kernels.dropout import AttentionDropout, hidden_dropout
+from haloformer.kernels.dropout import AttentionDropout
 from haloformer.kernels.gather import gather_rows
+from haloformer.kernels.hidden_dropout import hidden_dropout
 from haloformer.kernels.ranks import Ranks
 from haloformer.kernels.sharded import SequenceShard
 from haloformer.kernels.spec import WindowSpec

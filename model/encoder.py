@@ -9,7 +9,7 @@ from torch.distributed import ProcessGroup
 from torch.nn import functional
 
 from haloformer.configs.models import EncoderConfig
-from haloformer.kernels.dropout import hidden_dropout
+from haloformer.kernels.hidden_dropout import hidden_dropout
 from haloformer.kernels.sharded import SequenceShard
 from haloformer.model.attention import LongformerSelfAttention
 from haloformer.model.dropout_sites import DropoutStep, Site

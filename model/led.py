@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from haloformer.configs.schema import LedConfig
-from haloformer.kernels.dropout import hidden_dropout
+from haloformer.kernels.hidden_dropout import hidden_dropout
 from haloformer.kernels.sharded import SequenceShard
 from haloformer.model.decoder import DecoderLayer, TargetRows
 from haloformer.model.dropout_sites import DropoutStep, Site

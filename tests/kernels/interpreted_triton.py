@@ -19,7 +19,8 @@ from cases import (
 from dist import run_ranks
 from haloformer.kernels import fused, reference
 from haloformer.kernels.band import Band
-from haloformer.kernels.dropout import AttentionDropout, keep_mask
+from haloformer.kernels.dropout import AttentionDropout, hash_bases, keep_mask
+from haloformer.kernels.hidden_dropout import drop_by_triton, hidden_dropout
 from haloformer.kernels.operands import interpreted
 from haloformer.kernels.sharded import sharded_attention
 from haloformer.kernels.spec import WindowSpec
@@ -263,3 +264,26 @@ def test_no_gradient_flows_through_the_log_sum_exp():
     assert not fused.window_attention(query, query, query, None, None, Band(spec, 0, (0, 5)))[
         1
     ].requires_grad
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(2, 5, 8), (1, 3, 1030), (3, 1, 1), (2, 0, 8)], ids=str)
+def test_hidden_dropout_is_that_of_torch(shape, dtype):
+    ids = torch.tensor([3, 2**40 + 1, 7])[: shape[0]]
+    place = {"first_row": 2**31 - 4, "first_column": 96}
+    draw = torch.Generator().manual_seed(0)
+    x, grad = (torch.randn(shape, generator=draw).to(dtype) for _ in range(2))
+    strided = x.transpose(0, 2).contiguous().transpose(0, 2).requires_grad_()
+    found = drop_by_triton(strided, hash_bases(0xDEADBEEF, ids, (0,)), 0.4, *place.values())
+    wanted = hidden_dropout(x.requires_grad_(), 0.4, 0xDEADBEEF, ids, **place)
+    grads = [torch.autograd.grad(*pair, grad)[0] for pair in ((found, strided), (wanted, x))]
+    for ours, theirs in ((found, wanted), grads):
+        assert ours.dtype == dtype and torch.equal(ours == 0, theirs == 0)
+        # The interpreter rounds bf16 towards zero.
+        slack = 2**-7 if dtype == torch.bfloat16 else 0.0
+        torch.testing.assert_close(ours, theirs, rtol=slack, atol=0.0)
+
+
+def test_hidden_dropout_keeps_the_rules_of_torch():
+    inputs = (torch.randn(2, 3, 8, requires_grad=True), torch.zeros(2, 1, dtype=torch.int32))
+    torch.library.opcheck(torch.ops.haloformer.hidden_dropout.default, (*inputs, 0.3, 5, 0))

@@ -7,9 +7,9 @@ from haloformer.kernels.dropout import (
     AttentionDropout,
     fold_key,
     hash_bases,
-    hidden_dropout,
     keep_mask,
 )
+from haloformer.kernels.hidden_dropout import hidden_dropout
 
 IDS = torch.tensor([0, 1, 7, 2**40])
 
