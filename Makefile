@@ -51,7 +51,7 @@ train-led: $(STAMP) $(ENWIKI)
 
 # Two processes: one alone waits for ranks half of its time, more would want more cores and memory.
 test: $(STAMP)
-	@$(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
+	@$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: $(STAMP)
 	@$(BIN)/ruff check .

@@ -1,11 +1,21 @@
-"""How the tests are shared out where several processes run them (`pytest -n 2`, `make test`)."""
+"""How the tests are shared out where two processes run them (``make test``)."""
 
 import pytest
+from xdist.remote import Producer
+from xdist.scheduler import LoadFileScheduling
+
+# They look at the same layouts, which are trained once per process (``walked``).
+WALKED = ("catalog", "engine", "fragments", "topology")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Give each process whole files, for their fixtures train; and what shares one, together."""
-    for item in items:
-        fixtures = getattr(item, "fixturenames", ())
-        group = "walked" if "walked" in fixtures else item.nodeid.partition("::")[0]
-        item.add_marker(pytest.mark.xdist_group(group))
+class WholeFiles(LoadFileScheduling):
+    """A file goes to one process, for its fixtures train; files that share one go together."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = super()._split_scope(nodeid)
+        return "walked" if file in {f"tests/launcher/test_{name}.py" for name in WALKED} else file
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> WholeFiles:
+    return WholeFiles(config, log)
