@@ -10,29 +10,14 @@
 """
 
 import json
-import os
 from pathlib import Path
 
-import torch
-import torch.distributed
-
 from haloformer.configs.schema import TrainConfig
-from haloformer.launcher.engine import (
-    backward,
-    build_engine,
-    grad_norm,
-    rank_loss,
-    set_learning_rate,
-)
 from haloformer.launcher.exchange import gather_json
 from haloformer.launcher.fragments import load_fragments, take_snapshot
 from haloformer.launcher.phases import enter_phase, open_phase
-from haloformer.launcher.runtime import init_distributed
 from haloformer.launcher.schedule import learning_rate
-from haloformer.launcher.tasks import task_of
-from haloformer.launcher.topology import Layout, build_topology, destroy_topology
-from haloformer.launcher.trainer import evaluate
-from haloformer.model.dropout_sites import DropoutStep
+from rank_steps import Rank
 from task_layouts import CHAR_LM, LED, Case
 
 STEPS = 6
@@ -84,21 +69,12 @@ def config_of(case, folder):
     )
 
 
-class Rank:
+class Phased(Rank):
     """One rank of a run that may begin in the middle."""
 
     def __init__(self, case, folder, source=None, first=0):
-        self.config, self.folder, self.first = config_of(case, folder), folder, first
-        os.environ["LOCAL_RANK"] = str(torch.distributed.get_rank())
-        init_distributed()
-        self.topology = build_topology(Layout(case.data, case.context, case.tensor))
-        self.task = task_of(self.config)
-        phase = self.config.phase_at(first)
-        self.opened = open_phase(self.task, phase, self.topology)
-        torch.manual_seed(self.config.seed)
-        vocab_size = self.opened.train.facts.vocab_size
-        model = self.task.build_model(phase.config, vocab_size, self.topology)
-        self.engine = build_engine(model, phase.config, self.topology)
+        super().__init__(config_of(case, folder), case.data, first)
+        self.first = first
         if source is not None:
             load_fragments(self.engine, self.topology, source / str(first), first)
             self.opened.go_on(json.loads((source / f"{first}.json").read_text()))
@@ -111,37 +87,17 @@ class Rank:
                 self.opened.close()
                 self.opened = open_phase(self.task, self.config.phase_at(step), self.topology)
                 enter_phase(self.engine, self.opened.phase, self.topology)
-            history.append(self.step(step))
+            phase = self.opened.phase
+            since, config = step - phase.first_step, phase.config
+            rate = learning_rate(since, config.steps, config.optim)
+            history.append(self.train_step(step, rate))
+            assert self.engine.global_steps == step + 1, "DeepSpeed counts other steps"
             if target is not None:
                 self.save(step + 1, target)
-            if step + 1 == self.opened.phase.end_step:
-                config = self.opened.phase.config
-                held_out = self.opened.held_out
-                history.append(evaluate(self.engine, self.task, held_out, config, self.topology))
-        self.opened.close()
-        self.engine.destroy()
-        destroy_topology(self.topology)
+            if step + 1 == phase.end_step:
+                history.append(self.evaluate())
+        self.close()
         return history
-
-    def step(self, step):
-        phase, topology, engine = self.opened.phase, self.topology, self.engine
-        batch = self.opened.train.next_batch()
-        counted = torch.tensor([self.task.num_targets(batch), batch.num_tokens])
-        torch.distributed.all_reduce(counted, group=topology.data_group)
-        num_targets, num_tokens = counted.tolist()
-        rate = learning_rate(step - phase.first_step, phase.config.steps, phase.config.optim)
-        set_learning_rate(engine, rate)
-        engine.train()
-        total = torch.zeros((), dtype=torch.float64)
-        micro_batch = phase.config.batch.micro_batch
-        for inputs in self.task.micro_batches(batch, micro_batch, topology):
-            output = engine(*inputs, DropoutStep(self.config.seed, step))
-            backward(engine, rank_loss(output.loss_sum, num_targets, topology))
-            engine.step()
-            total += output.loss_sum.detach().double()
-        torch.distributed.all_reduce(total, group=topology.data_context_group)
-        assert engine.global_steps == step + 1, "DeepSpeed counts other steps"
-        return total.item() / num_targets, grad_norm(engine), num_tokens
 
     def save(self, step, target):
         topology = self.topology
@@ -171,12 +127,12 @@ def walk(rank, world, cases, folder):
     seen = {}
     for case in cases:
         mine = Path(folder, f"{case}.checkpoints")
-        whole = Rank(case, folder).train(STEPS, mine)
-        resumed = {first: Rank(case, folder, mine, first).train(STEPS) for first in resumes(case)}
+        whole = Phased(case, folder).train(STEPS, mine)
+        resumed = {first: Phased(case, folder, mine, first).train(STEPS) for first in resumes(case)}
         reference = next(other for other in CASES if other.kind == case.kind)
         theirs = Path(folder, f"{reference}.checkpoints")
         elastic = {}
         if case != reference:
-            elastic = {3: Rank(case, folder, theirs, 3).train(STEPS)}
+            elastic = {3: Phased(case, folder, theirs, 3).train(STEPS)}
         seen[str(case)] = whole, resumed, elastic
     return seen

@@ -4,30 +4,16 @@
 so that some ranks hold padding only; some are cut. Texts of examples are as long.
 """
 
-import os
 import random
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-import torch.distributed
-
+from dist import run_ranks
 from example_data import write_examples
 from haloformer.configs.schema import TrainConfig
 from haloformer.data_pipeline.shards import DatasetWriter
 from haloformer.data_pipeline.tokenizers import ByteTokenizer
-from haloformer.launcher.engine import (
-    backward,
-    build_engine,
-    grad_norm,
-    rank_loss,
-    set_learning_rate,
-)
-from haloformer.launcher.runtime import init_distributed
-from haloformer.launcher.tasks import task_of
-from haloformer.launcher.topology import Layout, build_topology, destroy_topology
-from haloformer.launcher.trainer import evaluate
-from haloformer.model.dropout_sites import DropoutStep
+from rank_steps import Rank
 
 GLOBAL_BATCH, STEPS, NUM_PAIRS = 4, 5, 11
 LED = {
@@ -175,36 +161,23 @@ def config_of(case, folder):
 
 def train(case, folder):
     """(loss, gradient norm) of every step, and (held-out loss, number of targets) at the end."""
-    config = config_of(case, folder)
-    os.environ["LOCAL_RANK"] = str(torch.distributed.get_rank())
-    init_distributed()
-    topology = build_topology(Layout(case.data, case.context, case.tensor))
-    task = task_of(config)
-    stream, held_out = task.open_streams(config, topology)
-    torch.manual_seed(config.seed)
-    facts = stream.facts
-    model = task.build_model(config, facts.vocab_size, topology, len(facts.labels))
-    engine = build_engine(model, config, topology)
-    history = []
-    for step in range(STEPS):
-        batch = stream.next_batch()
-        counted = torch.tensor(task.num_targets(batch))
-        torch.distributed.all_reduce(counted, group=topology.data_group)
-        set_learning_rate(engine, 1e-2 / (step + 1))
-        engine.train()
-        total = torch.zeros((), dtype=torch.float64)
-        for inputs in task.micro_batches(batch, config.batch.micro_batch, topology):
-            output = engine(*inputs, DropoutStep(config.seed, step))
-            backward(engine, rank_loss(output.loss_sum, counted.item(), topology))
-            engine.step()
-            total += output.loss_sum.detach().double()
-        torch.distributed.all_reduce(total, group=topology.data_context_group)
-        history.append((total.item() / counted.item(), grad_norm(engine)))
-    stream.close()
-    history.append(evaluate(engine, task, held_out, config, topology))
-    engine.destroy()
-    destroy_topology(topology)
+    mine = Rank(config_of(case, folder), case.data)
+    history = [mine.train_step(step, 1e-2 / (step + 1))[:2] for step in range(STEPS)]
+    history.append(mine.evaluate())
+    mine.close()
     return history
+
+
+def histories(cases, folder):
+    """{case name: history} of all cases, on one start of ranks for each world size."""
+    write_data(folder)
+    seen = {}
+    for world in sorted({case.world for case in cases}):
+        mine = [case for case in cases if case.world == world]
+        ranks = run_ranks(world, walk, mine, str(folder), timeout=300.0)
+        assert all(rank == ranks[0] for rank in ranks), "ranks disagree"
+        seen |= ranks[0]
+    return seen
 
 
 def walk(rank, world, cases, folder):

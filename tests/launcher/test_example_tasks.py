@@ -2,26 +2,17 @@
 
 import pytest
 
-from dist import run_ranks
-from task_layouts import EXAMPLE_CASES, EXAMPLES, NUM_PAIRS, Case, walk, write_data
+from task_layouts import EXAMPLE_CASES, EXAMPLES, NUM_PAIRS, Case, histories
 
 
 @pytest.fixture(scope="module")
-def histories(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("examples")
-    write_data(folder)
-    seen = {}
-    for world in (1, 2):
-        cases = [case for case in EXAMPLE_CASES if case.world == world]
-        ranks = run_ranks(world, walk, cases, str(folder), timeout=300.0)
-        assert all(rank == ranks[0] for rank in ranks), "ranks disagree"
-        seen |= ranks[0]
-    return seen
+def seen(tmp_path_factory):
+    return histories(EXAMPLE_CASES, tmp_path_factory.mktemp("examples"))
 
 
 @pytest.mark.parametrize("case", EXAMPLE_CASES, ids=str)
-def test_losses_and_gradient_norms_equal_one_rank(histories, case):
-    expected, found = histories[str(Case(case.kind, 1, 1, 1))], histories[str(case)]
+def test_losses_and_gradient_norms_equal_one_rank(seen, case):
+    expected, found = seen[str(Case(case.kind, 1, 1, 1))], seen[str(case)]
     # bf16 has 8 bits, and with it coreference may keep other spans: it follows, it is not equal.
     tolerance = 1e-6 if case.precision == "fp32" else 0.03
     for step, (want, have) in enumerate(zip(expected, found, strict=True)):
@@ -29,8 +20,8 @@ def test_losses_and_gradient_norms_equal_one_rank(histories, case):
 
 
 @pytest.mark.parametrize("kind", EXAMPLES)
-def test_the_reference_trains_and_the_held_out_loss_is_a_mean_over_its_examples(histories, kind):
-    *steps, (held_out, num_targets) = histories[str(Case(kind, 1, 1, 1))]
+def test_the_reference_trains_and_the_held_out_loss_is_a_mean_over_its_examples(seen, kind):
+    *steps, (held_out, num_targets) = seen[str(Case(kind, 1, 1, 1))]
     assert len({loss for loss, _ in steps}) == len(steps)
     assert all(norm > 1e-3 for _, norm in steps)
     assert 0 < held_out < float("inf")
