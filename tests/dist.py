@@ -36,6 +36,7 @@ from typing import Any
 # Imported by the fork server at its start; what is not installed is passed over.
 _PRELOAD = ["torch.distributed.checkpoint", "haloformer.launcher.runtime"]
 _PRELOAD += ["haloformer.launcher.topology"]
+_PRELOAD += ["deepspeed.runtime.zero.muon.original_muon"]  # every engine looks whether it is one
 
 # After one rank has failed, the others have this long to notice by themselves.
 _GRACE_S = 10.0

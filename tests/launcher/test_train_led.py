@@ -1,4 +1,4 @@
-"""An LED from pairs to ROUGE on real processes; killed and resumed bit for bit."""
+"""An LED from pairs to ROUGE on real processes; killed and resumed bit for bit (extended)."""
 
 import json
 import os
@@ -68,6 +68,7 @@ def test_a_led_learns_and_counts_what_it_cuts(project: Path, whole: dict[int, fl
     assert run_dir.curve_file.read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.extended  # by default: test_phases.py resumes an LED, test_train.py kills a rank
 def test_kill_9_of_a_rank_then_resume_gives_the_same_losses_bit_for_bit(
     project: Path, whole: dict[int, float]
 ) -> None:
