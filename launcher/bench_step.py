@@ -1,34 +1,39 @@
 """Whole training steps beside transformers': time and memory, each side in its own processes.
 
-Ours is what ``haloformer train`` runs on two context-parallel ranks of one thread each; theirs is
-one process with two threads, on the same two cores. Time and memory are taken in different
-processes: memory is honest where freed blocks go back to the system at once, and that costs time.
+Ours is what ``haloformer train`` runs: on the CPU one rank of two threads, and two context-parallel
+ranks of one thread each; theirs is one process of two threads, on the same two cores. On GPUs a
+rank has one each. Contenders take turns, one step at a time. Time and memory are taken in
+different processes: memory is honest where freed blocks go back to the system at once, and that
+costs time.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import importlib.util
-import json
 import os
 import statistics
-import subprocess
-import sys
-import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from tempfile import TemporaryFile
-from typing import IO, Any
+from typing import Any, Literal
 
-from haloformer.launcher.bench_step_cases import StepCase
+from haloformer.launcher.bench_step_cases import StepCase, is_promised
+from haloformer.launcher.bench_step_contender import (
+    Contender,
+    Device,
+    Setup,
+    no_room_for,
+)
 
-RANKS = 2
-_RETURN_ABOVE = str(1 << 18)
-_POLL_S = 0.1
+Say = Callable[[str], None]
+_CORES = 2
 _GIB = 1024.0  # in MiB
 # What our step must reach beside transformers', and where memory is bounded outright.
 _SPEED, _MEMORY, _LED_LIMIT_MIB = 4.0, 0.25, 4 * _GIB
+_SLOWER = 1.1  # two ranks over one rank on the same cores
+WEIGHTS = ("step_growth_mib", "whole_growth_mib", "peak_rss_mib")
+THEIRS: Literal["transformers"] = "transformers"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,25 +41,39 @@ class StepSettings:
     """What to measure.
 
     Attributes:
-        cases: One after the other.
+        cases: One after the other; of one kind, the shorter first.
+        ranks: Numbers of context-parallel ranks of ours that take turns.
         steps: Timed steps of each contender, after one that is not.
         weigh_apart: Memory in processes of their own; False takes it from the timed ones, where
             blocks that are free but kept blur it.
-        seconds: Most that one contender may take for all its steps.
+        seconds: Most that one step may take.
+        device: Where both sides compute.
     """
 
     cases: tuple[StepCase, ...]
-    steps: int = 2
+    ranks: tuple[int, ...] = (1, 2)
+    steps: int = 3
     weigh_apart: bool = True
     seconds: float = 900.0
+    device: Device = "cpu"
+
+    def contenders(self, thrifty: bool) -> dict[str, Setup]:
+        """Who takes turns, by name."""
+        both = Setup(THEIRS, 1, _CORES, self.device, thrifty, self.seconds)
+        setups = {
+            ours(n): dataclasses.replace(both, role="ours", ranks=n, threads=max(1, _CORES // n))
+            for n in self.ranks
+        }
+        return {**setups, THEIRS: both}
 
 
-class StepBenchError(Exception):
-    """A contender failed, or computes something else; there is no report."""
+def ours(ranks: int) -> str:
+    """Name of our side on so many ranks."""
+    return f"{ranks} rank{'s' * (ranks > 1)}"
 
 
-def measure(settings: StepSettings, say: Callable[[str], None]) -> dict[str, Any]:
-    """Check parity, then time and weigh every case.
+def measure(settings: StepSettings, say: Say) -> dict[str, Any]:
+    """Check parity, then weigh and time every case.
 
     Args:
         settings: What to measure.
@@ -75,164 +94,146 @@ def measure(settings: StepSettings, say: Callable[[str], None]) -> dict[str, Any
     from haloformer.launcher.bench import device_name, versions
 
     say("parity")
-    (found,) = _run([["parity"]], settings.seconds, {})
-    results = [_case(case, settings, say) for case in settings.cases]
+    with Contender(Setup("parity", seconds=settings.seconds)) as checked:
+        errors = checked.built[0]["errors"]
+    results: list[dict[str, Any]] = []
+    for case in settings.cases:
+        results.append(_case(case, settings, results, say))
     return {
         "parity": "ok",
-        "parity_errors": found["errors"],
-        "device": device_name(),
+        "parity_errors": errors,
+        "device": device_name() if settings.device == "cpu" else _gpu_name(),
         "versions": versions(),
         "load_average_after": os.getloadavg(),
-        "layout": f"{RANKS} context-parallel ranks x 1 thread, DeepSpeed ZeRO-1, AdamW; "
-        f"transformers: 1 process x {RANKS} threads",
+        "settings": {"ranks": settings.ranks, "steps": settings.steps, "device": settings.device},
+        "layout": f"ours: 1 rank x {_CORES} threads, or context-parallel ranks that share them, "
+        f"DeepSpeed ZeRO-1, AdamW; transformers: 1 process x {_CORES} threads",
         "cases": results,
     }
 
 
-def _case(case: StepCase, settings: StepSettings, say: Callable[[str], None]) -> dict[str, Any]:
+def _gpu_name() -> str:
+    import torch
+
+    return f"{torch.cuda.get_device_name()}, {torch.cuda.device_count()} of them"
+
+
+def _case(
+    case: StepCase, settings: StepSettings, before: Sequence[dict[str, Any]], say: Say
+) -> dict[str, Any]:
+    title = f"{case.kind}, {case.tokens} tokens"
     result: dict[str, Any] = {
         "case": dataclasses.asdict(case),
         "load_average": os.getloadavg(),  # of the machine, before our own
+        "contenders": {name: {"note": ""} for name in settings.contenders(False)},
     }
-    for role in ("ours", "transformers"):
-        say(f"{case.kind}, {case.tokens} tokens, {role}: time")
-        timed = _contender(role, case, settings.steps + 1, settings.seconds, {})
-        weighed = timed
-        if settings.weigh_apart:
-            say(f"{case.kind}, {case.tokens} tokens, {role}: memory")
-            thrifty = {"MALLOC_MMAP_THRESHOLD_": _RETURN_ABOVE}
-            # Two steps: only the second has the optimizer's state beside its activations.
-            weighed = _contender(role, case, 2, settings.seconds, thrifty)
+    rows = result["contenders"]
+    weighed: dict[str, list[dict[str, Any]]] = {}
+    for name, setup in settings.contenders(thrifty=True).items():
+        fault = no_room_for(_expected_mib(case, name, before)) if setup.device == "cpu" else None
+        if fault is not None:
+            rows[name]["note"] = fault
+            say(f"{title}, {name}: left out, {fault}")
+        elif settings.weigh_apart:
+            say(f"{title}, {name}: memory")
+            with Contender(setup, case) as contender:
+                contender.step()
+                # Only the second step has the optimizer's state beside its activations.
+                weighed[name] = contender.step()
+    timed = {
+        name: setup
+        for name, setup in settings.contenders(thrifty=False).items()
+        if not rows[name]["note"]
+    }
+    turns, latest = _take_turns(case, timed, settings.steps, lambda line: say(f"{title}, {line}"))
+    for name in timed:
         # The slowest rank ends a step; ranks wait for each other, so they differ by little.
-        per_step = [max(times) for times in zip(*(p["seconds"] for p in timed), strict=True)]
-        seconds = statistics.median(per_step[1:])
-        result[role] = {
+        seconds = statistics.median(turns[name])
+        rows[name] |= {
             "seconds_per_step": seconds,
-            "seconds_of_steps": per_step,
+            "seconds_of_steps": turns[name],
             "tokens_per_second": case.tokens_per_step / seconds,
-            "losses": timed[0]["losses"],
-            **{key: [p[key] for p in weighed] for key in _WEIGHTS},
+            "loss": latest[name][0]["loss"],
+            **{key: [p[key] for p in weighed.get(name, latest[name])] for key in WEIGHTS},
         }
-    result["ratios"] = _ratios(result["ours"], result["transformers"])
-    result["must_hold"] = _must_hold(case, result)
+    result["ratios"] = _ratios(rows, settings.ranks)
+    result["must_hold"] = _must_hold(case, result["ratios"], rows, settings.device)
     return result
 
 
-_WEIGHTS = ("step_growth_mib", "whole_growth_mib", "peak_rss_mib")
+def _expected_mib(case: StepCase, name: str, before: Sequence[dict[str, Any]]) -> float:
+    """By the last shorter case of the kind: memory grows with the length. 0 where none is known."""
+    expected = 0.0
+    for entry in before:
+        row = entry["contenders"][name]
+        if entry["case"]["kind"] != case.kind:
+            continue
+        if row["note"]:
+            return float("inf")
+        expected = sum(row["whole_growth_mib"]) * case.tokens / entry["case"]["tokens"]
+    return expected
 
 
-def _ratios(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, float]:
-    found = {"tokens_per_second": ours["tokens_per_second"] / theirs["tokens_per_second"]}
-    for key in _WEIGHTS:
-        found[f"{key}_per_rank"] = max(ours[key]) / theirs[key][0]
-        found[f"{key}_of_all_ranks"] = sum(ours[key]) / theirs[key][0]
+def _take_turns(
+    case: StepCase, setups: dict[str, Setup], steps: int, say: Say
+) -> tuple[dict[str, list[float]], dict[str, list[dict[str, Any]]]]:
+    """Seconds of each timed step by contender, and what its ranks found in the last."""
+    turns: dict[str, list[float]] = {name: [] for name in setups}
+    latest: dict[str, list[dict[str, Any]]] = {}
+    with ExitStack() as stack:
+        contenders = {}
+        for name, setup in setups.items():
+            contenders[name] = stack.enter_context(Contender(setup, case))
+        for number in range(steps + 1):
+            for name, contender in contenders.items():
+                latest[name] = contender.step()
+                seconds = max(rank["seconds"] for rank in latest[name])
+                if number > 0:  # the first is not counted
+                    turns[name].append(seconds)
+                say(f"time, round {number}, {name}: {seconds:.2f} s")
+    return turns, latest
+
+
+def _ratios(rows: dict[str, dict[str, Any]], ranks: Sequence[int]) -> dict[str, float]:
+    """Medians over the rounds of neighbouring turns; memory as one number of each side."""
+    found = {}
+    theirs = rows[THEIRS]
+    for name in (ours(n) for n in ranks):
+        row = rows[name]
+        if row["note"] or theirs["note"]:
+            continue
+        found[f"tokens_per_second, {name}"] = _median_ratio(theirs, row)
+        for key in WEIGHTS:
+            found[f"{key}_per_rank, {name}"] = max(row[key]) / theirs[key][0]
+            found[f"{key}_of_all_ranks, {name}"] = sum(row[key]) / theirs[key][0]
+    if {1, 2} <= set(ranks) and not (rows[ours(1)]["note"] or rows[ours(2)]["note"]):
+        found["seconds, 2 ranks over 1"] = _median_ratio(rows[ours(2)], rows[ours(1)])
     return found
 
 
-def _must_hold(case: StepCase, result: dict[str, Any]) -> list[dict[str, Any]]:
-    speed = result["ratios"]["tokens_per_second"]
-    rules = [(f"tokens/s over transformers' >= {_SPEED:g}", speed, speed >= _SPEED)]
-    if case.kind == "mlm":
-        share = result["ratios"]["step_growth_mib_per_rank"]
-        rules.append((f"growth over transformers' <= {_MEMORY:g}", share, share <= _MEMORY))
-    else:
-        peak = max(result["ours"]["peak_rss_mib"])
-        rules.append((f"peak MiB per rank <= {_LED_LIMIT_MIB:g}", peak, peak <= _LED_LIMIT_MIB))
-    return [{"rule": rule, "found": found, "holds": holds} for rule, found, holds in rules]
+def _median_ratio(above: dict[str, Any], below: dict[str, Any]) -> float:
+    pairs = zip(above["seconds_of_steps"], below["seconds_of_steps"], strict=True)
+    return float(statistics.median(a / b for a, b in pairs))
 
 
-def _contender(
-    role: str, case: StepCase, steps: int, seconds: float, environment: dict[str, str]
+def _must_hold(
+    case: StepCase, ratios: dict[str, float], rows: dict[str, dict[str, Any]], device: Device
 ) -> list[dict[str, Any]]:
-    """What each process of one contender found, in rank order."""
-    # The port is chosen late, so that it is still free when rank 0 takes it.
-    from haloformer.launcher.launch import choose_port
-
-    ranks = RANKS if role == "ours" else 1
-    threads = RANKS // ranks
-    words = [role, "--case", json.dumps(dataclasses.asdict(case)), "--steps", str(steps)]
-    shared = {
-        **environment,
-        "OMP_NUM_THREADS": str(threads),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(choose_port(None)),
-        "WORLD_SIZE": str(ranks),
-    }
-    return _run([[*words, "--threads", str(threads)]] * ranks, seconds, shared)
-
-
-def _run(
-    commands: Sequence[list[str]], seconds: float, environment: dict[str, str]
-) -> list[dict[str, Any]]:
-    """Run workers side by side, to the end or until one fails; all are gone afterwards."""
-    role, processes = commands[0][0], []
-    with ExitStack() as stack:
-        files = [
-            [stack.enter_context(TemporaryFile("w+")) for _ in ("stdout", "stderr")]
-            for _ in commands
-        ]
-        try:
-            for rank, (words, (out, err)) in enumerate(zip(commands, files, strict=True)):
-                command = [sys.executable, "-m", "haloformer.launcher.bench_step_worker", *words]
-                env = {**os.environ, **environment, "RANK": str(rank), "LOCAL_RANK": "0"}
-                processes.append(subprocess.Popen(command, env=env, stdout=out, stderr=err))
-            codes = _wait(role, processes, seconds)
-        finally:
-            for process in processes:
-                process.kill()
-                process.wait()
-        texts = [[_read(file) for file in pair] for pair in files]
-    for code, (_, said) in zip(codes, texts, strict=True):
-        if code:
-            last = (said.strip().splitlines() or ["without a word"])[-1]
-            raise StepBenchError(f"{role}: exit code {code}: {last}")
-    return [json.loads(out.splitlines()[-1]) for out, _ in texts]
-
-
-def _wait(role: str, processes: list[subprocess.Popen[bytes]], seconds: float) -> list[int | None]:
-    """Exit codes when all are done or one has failed; None for those that still run then."""
-    deadline = time.monotonic() + seconds
-    while True:
-        codes = [process.poll() for process in processes]
-        if all(code == 0 for code in codes) or any(codes):
-            return codes
-        if time.monotonic() > deadline:
-            raise StepBenchError(f"{role}: not done after {seconds:.0f} s")
-        time.sleep(_POLL_S)
-
-
-def _read(file: IO[str]) -> str:
-    file.seek(0)
-    return file.read()
-
-
-def table(report: dict[str, Any]) -> list[str]:
-    """Lines of the report for a terminal."""
-    versions = report["versions"]
-    lines = [
-        f"{report['device']}, torch {versions['torch']}, transformers {versions['transformers']}",
-        report["layout"],
-        f"parity: {report['parity']}, errors {report['parity_errors']}",
+    """The promises of a CPU with two cores, at the sizes that they are made for."""
+    two = ours(2)
+    if device != "cpu" or not is_promised(case) or f"tokens_per_second, {two}" not in ratios:
+        return []
+    speed, share = (
+        ratios[f"{key}, {two}"] for key in ("tokens_per_second", f"{WEIGHTS[0]}_per_rank")
+    )
+    rules = [
+        (f"tokens/s over transformers' >= {_SPEED:g}", speed, speed >= _SPEED),
+        (f"growth over transformers' <= {_MEMORY:g}", share, share <= _MEMORY),
     ]
-    for entry in report["cases"]:
-        case = entry["case"]
-        lines += [
-            "",
-            f"{case['kind']}: {case['tokens']} + {case['targets']} tokens, {case['layers']} layers "
-            f"x {case['hidden']}, window {case['window']}, vocabulary {case['vocab']}, recompute "
-            f"{case['recompute']}; load {entry['load_average'][0]:.1f} before",
-            f"{'':14}{'s/step':>9}{'tokens/s':>10}"
-            f"{'step MiB':>10}{'whole MiB':>11}{'peak MiB':>10}",
-        ]
-        for role in ("ours", "transformers"):
-            row = entry[role]
-            weights = [max(row[key]) for key in _WEIGHTS]
-            lines.append(
-                f"{role:14}{row['seconds_per_step']:9.2f}{row['tokens_per_second']:10.0f}"
-                f"{weights[0]:10.0f}{weights[1]:11.0f}{weights[2]:10.0f}"
-            )
-        for rule in entry["must_hold"]:
-            verdict = "holds" if rule["holds"] else "DOES NOT HOLD"
-            lines.append(f"{rule['rule']}: {rule['found']:.2f} ({verdict})")
-    lines += ["", "MiB of ours are of the larger rank; step: beyond the built model and engine"]
-    return lines
+    if case.kind == "led":
+        peak = max(rows[two]["peak_rss_mib"])
+        rules.append((f"peak MiB per rank <= {_LED_LIMIT_MIB:g}", peak, peak <= _LED_LIMIT_MIB))
+    slower = ratios.get("seconds, 2 ranks over 1")
+    if slower is not None:
+        rules.append((f"time of 2 ranks over 1 rank's <= {_SLOWER:g}", slower, slower <= _SLOWER))
+    return [{"rule": rule, "found": found, "holds": holds} for rule, found, holds in rules]

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 Kind = Literal["mlm", "led"]
+Precision = Literal["fp32", "bf16"]
 
 
 @dataclass(frozen=True)
 class StepCase:
-    """One training step: batch 1, fp32, dropout 0.1 on hidden states as in the papers.
+    """One training step: batch 1, dropout 0.1 on hidden states as in the papers.
 
     Attributes:
         kind: ``mlm`` is a Longformer with 15 % of its tokens masked, ``led`` an LED.
@@ -23,6 +24,9 @@ class StepCase:
         window: Two-sided.
         vocab: Entries of the embedding.
         recompute: What our side recomputes in backward; transformers keeps everything.
+        precision: Of products and activations.
+        position_rows: Rows of the table of positions, used over and over as Longformer's first
+            weights use RoBERTa's; None gives every token its own. Ours, of mlm, only.
     """
 
     kind: Kind
@@ -35,6 +39,8 @@ class StepCase:
     window: int
     vocab: int
     recompute: str
+    precision: Precision = "fp32"
+    position_rows: int | None = None
 
     @property
     def tokens_per_step(self) -> int:
@@ -51,7 +57,8 @@ class StepCase:
         data: dict[str, Any] = {"train": "-", "eval": "-", "seq_len": self.tokens}
         if self.kind == "mlm":
             model |= {"kind": "longformer_mlm", "num_layers": self.layers, "num_heads": self.heads}
-            model |= {"ffn_size": self.ffn, "max_positions": self.tokens}
+            rows = self.tokens if self.position_rows is None else self.position_rows
+            model |= {"ffn_size": self.ffn, "max_positions": rows}
         else:
             model |= {"kind": "led", "max_source_positions": self.tokens}
             for side in ("encoder", "decoder"):
@@ -65,7 +72,7 @@ class StepCase:
             "data": data,
             "batch": {"global_batch": 1},
             "optim": {"learning_rate": 1e-4, "schedule": "constant"},
-            "parallel": {"context": ranks, "zero_stage": 1},
+            "parallel": {"context": ranks, "zero_stage": 1, "precision": self.precision},
             "checkpoint": {"every": 100},
         }
 
@@ -106,3 +113,13 @@ TINY: dict[Kind, StepCase] = {
     "led": StepCase("led", 128, 16, 1, 32, 2, 64, 16, 97, "full"),
 }
 SIZES = {"real": REAL, "tiny": TINY}
+
+
+def sweep(case: StepCase) -> tuple[StepCase, ...]:
+    """The same model on sequences from a quarter to four times as long."""
+    return tuple(replace(case, tokens=case.tokens * part // 4) for part in (1, 2, 4, 8, 16))
+
+
+def is_promised(case: StepCase) -> bool:
+    """Whether the promises about cost are made at this size."""
+    return any(case.tokens == known[case.kind].tokens for known in SIZES.values())

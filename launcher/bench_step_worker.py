@@ -1,20 +1,19 @@
 """One process of ``haloformer bench step``: a rank of ours, or transformers.
 
 Each contender has its own processes, so that no one's memory or threads are left over from
-another. It prints one line of JSON.
+another. ``bench_step_contender`` starts them and tells them when to step.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import importlib
 import json
 import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ from haloformer.launcher.bench_step_cases import TINY, StepCase
 
 _PARITY_LIMIT = 1e-4  # fp32, relative
 _MASKED = 0.15
+_FIRST_POSITION = 2  # of RoBERTa's table: rows 0 and 1 are of no token
 
 
 @dataclass(frozen=True)
@@ -52,8 +52,11 @@ class Tokens:
 Step = Callable[[int], float]
 
 
-def ours(case: StepCase) -> Step:
-    """A rank of ``haloformer train``: its engine (DeepSpeed, ZeRO-1), its task, its dropout."""
+def ours(case: StepCase, device: str) -> Step:
+    """A rank of ``haloformer train``: its engine (DeepSpeed, ZeRO-1), its task, its dropout.
+
+    It is on the device of its topology: a GPU wherever torch sees one.
+    """
     import torch.distributed as dist
 
     from haloformer.configs.schema import TrainConfig
@@ -66,20 +69,22 @@ def ours(case: StepCase) -> Step:
     init_distributed()
     ranks = dist.get_world_size()
     topology = build_topology(Layout(data=1, context=ranks))
+    assert topology.device.type == device, topology.device
     config = TrainConfig.model_validate(case.recipe(ranks))
     task = task_of(config)
     torch.manual_seed(0)
     engine = build_engine(task.build_model(config, case.vocab, topology), config, topology)
     batch = _our_batch(case)
     num_targets = int((batch.labels != -100).sum())
+    places = _our_positions(case, topology)
 
     def step(number: int) -> float:
         dist.barrier()
         engine.train()
         set_learning_rate(engine, config.optim.learning_rate)
-        loss = torch.zeros(())
+        loss = torch.zeros((), device=topology.device)
         for inputs in task.micro_batches(batch, 1, topology):
-            output = engine(*inputs, DropoutStep(0, number))
+            output = engine(*inputs, DropoutStep(0, number), *places)
             backward(engine, rank_loss(output.loss_sum, num_targets, topology))
             engine.step()
             loss += output.loss_sum.detach()
@@ -87,6 +92,16 @@ def ours(case: StepCase) -> Step:
         return loss.item() / num_targets
 
     return step
+
+
+def _our_positions(case: StepCase, topology: Any) -> tuple[Tensor, ...]:
+    """This rank's rows of a table that is used over and over; none where the model counts."""
+    if case.position_rows is None:
+        return ()
+    rows = case.tokens // topology.layout.context
+    first = topology.context_rank * rows
+    places = torch.arange(first, first + rows, device=topology.device) % case.position_rows
+    return (places[None] + _FIRST_POSITION,)
 
 
 def _our_batch(case: StepCase) -> Any:
@@ -115,15 +130,16 @@ def _our_batch(case: StepCase) -> Any:
     )
 
 
-def theirs(case: StepCase) -> Step:
+def theirs(case: StepCase, device: str) -> Step:
     """The model of transformers in the plainest loop, with torch's AdamW."""
     torch.manual_seed(0)
-    model = _transformers_model(case).train()
+    model = _transformers_model(case).train().to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
-    call = _transformers_call(case)
+    call = {name: x.to(device) for name, x in _transformers_call(case).items()}
 
     def step(number: int) -> float:
-        loss = model(**call).loss
+        with torch.autocast(device, torch.bfloat16, enabled=case.precision == "bf16"):
+            loss = model(**call).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -184,51 +200,47 @@ def parity() -> dict[str, float]:
     return errors
 
 
-def main() -> None:
-    """Run one contender, or the parity check, and print what was found."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("role", choices=("ours", "transformers", "parity"))
-    parser.add_argument("--case", type=json.loads)
-    parser.add_argument("--steps", type=int)
-    parser.add_argument("--threads", type=int, default=1)
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    # The libraries chat on stdout, which is for the one line.
-    with contextlib.redirect_stdout(sys.stderr):
-        found: dict[str, Any]
-        if arguments.role == "parity":
-            found = {"errors": parity()}
+class SentBytes:
+    """Bytes of the halos that this rank has sent, counted where torch.distributed takes them."""
+
+    def __init__(self) -> None:
+        import torch.distributed as dist
+
+        self.count = 0
+        begin, isend = dist.batch_isend_irecv, dist.isend
+
+        def counted(p2p_op_list: list[dist.P2POp]) -> list[dist.Work]:
+            sent = [x.tensor for x in p2p_op_list if x.op is isend]
+            self.count += sum(x.numel() * x.element_size() for x in sent)
+            return begin(p2p_op_list)
+
+        dist.batch_isend_irecv = counted
+
+
+class Scale:
+    """Memory of this process in MiB: resident on a CPU, torch's own on a GPU."""
+
+    def __init__(self, device: str) -> None:
+        self._gpu = device == "cuda"
+
+    def now(self) -> float:
+        """Held at the moment."""
+        if self._gpu:
+            return torch.cuda.memory_allocated() / 2**20
+        return _status_mib("VmRSS")
+
+    def restart(self) -> None:
+        """Let the peak start from here."""
+        if self._gpu:
+            torch.cuda.reset_peak_memory_stats()
         else:
-            case = StepCase(**arguments.case)
-            found = _measure(ours if arguments.role == "ours" else theirs, case, arguments.steps)
-    print(json.dumps(found), flush=True)
+            Path("/proc/self/clear_refs").write_text("5")
 
-
-def _measure(make: Callable[[StepCase], Step], case: StepCase, steps: int) -> dict[str, Any]:
-    # Libraries load and threads start on a small product, not in the first step.
-    torch.ones(512, 512) @ torch.ones(512, 512)
-    if make is theirs:
-        theirs(TINY[case.kind])(0)
-    else:
-        for name in ("engine", "tasks", "topology"):
-            importlib.import_module(f"haloformer.launcher.{name}")
-    before = _status_mib("VmRSS")
-    step = make(case)
-    built = _status_mib("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts from here
-    seconds, losses = [], []
-    for number in range(steps):
-        start = time.perf_counter()
-        losses.append(step(number))
-        seconds.append(time.perf_counter() - start)
-    peak = _status_mib("VmHWM")
-    return {
-        "seconds": seconds,
-        "losses": losses,
-        "peak_rss_mib": peak,
-        "step_growth_mib": peak - built,  # beyond weights and engine
-        "whole_growth_mib": peak - before,  # beyond the loaded libraries
-    }
+    def peak(self) -> float:
+        """Most that was held since."""
+        if self._gpu:
+            return torch.cuda.max_memory_allocated() / 2**20
+        return _status_mib("VmHWM")
 
 
 def _status_mib(field: str) -> float:
@@ -236,6 +248,58 @@ def _status_mib(field: str) -> float:
         if line.startswith(f"{field}:"):
             return int(line.split()[1]) / 1024
     raise RuntimeError(f"this kernel does not tell {field}")
+
+
+def main() -> None:
+    """Run one contender, or the parity check: a line of JSON when built, and one per step."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("role", choices=("ours", "transformers", "parity"))
+    parser.add_argument("--case", type=json.loads)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    # The libraries chat on stdout, which is for the answers; theirs go to stderr from here.
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)
+    if arguments.role == "parity":
+        print(json.dumps({"errors": parity()}), file=answers)
+        return
+    case = StepCase(**arguments.case)
+    for found in _serve(ours if arguments.role == "ours" else theirs, case, arguments.device):
+        print(json.dumps(found), file=answers)
+
+
+def _serve(
+    make: Callable[[StepCase, str], Step], case: StepCase, device: str
+) -> Iterator[dict[str, Any]]:
+    """What is known after building, then after each step that a line on stdin asks for."""
+    # Libraries load and threads start on a small product, not in the first step.
+    torch.ones(512, 512, device=device) @ torch.ones(512, 512, device=device)
+    if make is theirs:
+        theirs(TINY[case.kind], device)(0)
+    else:
+        for name in ("engine", "tasks", "topology"):
+            importlib.import_module(f"haloformer.launcher.{name}")
+    scale, sent = Scale(device), SentBytes()
+    before = scale.now()
+    step = make(case, device)
+    built = scale.now()
+    scale.restart()
+    yield {"built_mib": built - before}
+    for number, _ in enumerate(sys.stdin):
+        sent.count, start = 0, time.perf_counter()
+        loss = step(number)
+        seconds = time.perf_counter() - start
+        peak = scale.peak()
+        yield {
+            "seconds": seconds,
+            "loss": loss,
+            "halo_bytes": sent.count,
+            "peak_rss_mib": peak,
+            "step_growth_mib": peak - built,  # beyond weights and engine
+            "whole_growth_mib": peak - before,  # beyond the loaded libraries
+        }
 
 
 if __name__ == "__main__":
