@@ -33,6 +33,9 @@ def load_config(recipe: str | Path, overrides: Sequence[str] = ()) -> TrainConfi
             hold where this one says nothing.
         overrides: Such as ``optim.learning_rate=1e-4``; values are YAML.
 
+    Returns:
+        The checked recipe, frozen; every key that was left out has its default.
+
     Raises:
         ConfigError: Naming the file and every fault in it.
     """
@@ -111,6 +114,10 @@ def config_hash(config: TrainConfig) -> str:
 
 def check_world(config: TrainConfig, world_size: int) -> int:
     """Check that a number of ranks can run this recipe, every phase of it.
+
+    Args:
+        config: The recipe.
+        world_size: Number of ranks.
 
     Returns:
         The data-parallel size.

@@ -23,6 +23,9 @@ def num_parameters(
         config: Sizes.
         vocab_size: Entries of the token embedding.
         num_labels: Classes of a classifier, which its data knows.
+
+    Returns:
+        Their number, the tied embedding counted once.
     """
     if isinstance(config, LedConfig):
         return _led(config, vocab_size)

@@ -64,14 +64,14 @@ _REMEDY = "restore it from a copy or prepare the data again"
 class ShardInfo:
     """One tar file."""
 
-    name: str
-    size: int
-    sha256: str
-    table_sha256: str
-    num_samples: int
-    num_tokens: int
+    name: str  # file name
+    size: int  # bytes
+    sha256: str  # of the tar file
+    table_sha256: str  # of its offset table
+    num_samples: int  # documents, pairs or examples
+    num_tokens: int  # of all of them
     num_bytes: int  # of the source text, UTF-8
-    num_characters: int
+    num_characters: int  # of the source text
 
     @property
     def table_name(self) -> str:
@@ -84,14 +84,14 @@ class ShardIndex:
     """All that is known about a data set without opening a shard."""
 
     folder: Path | str  # a path, or the address of a remote data set
-    shards: tuple[ShardInfo, ...]
+    shards: tuple[ShardInfo, ...]  # in the order in which they were written
     dtype: str  # numpy name of the stored tokens
-    tokenizer_kind: str
-    tokenizer_sha256: str
-    vocab_size: int
+    tokenizer_kind: str  # byte or bpe
+    tokenizer_sha256: str  # two data sets of one tokenizer have the same
+    vocab_size: int  # tokens, the special ones included
     sha256: str  # names the content: two data sets with the same hash are the same
-    store: Store = field(compare=False, repr=False)
-    content: Content = "documents"
+    store: Store = field(compare=False, repr=False)  # how its files are read
+    content: Content = "documents"  # what a sample is
     labels: tuple[str, ...] = ()  # of classification: the classes, in the order of their numbers
 
     @property
@@ -240,6 +240,9 @@ def load_index(data_set: Path | str | Store, cache: CacheConfig | None = None) -
     Args:
         data_set: Its folder: a path, ``file:``, ``http(s)://`` or ``s3://``; or a store of it.
         cache: Where a remote one keeps what was read; None is the default place.
+
+    Returns:
+        The index; no shard is opened.
 
     Raises:
         DataError: If there is none, it is of another version, or it was damaged.

@@ -54,23 +54,23 @@ _BYTES_PER_TEXT_BYTE = {"byte": 2.2, "bpe": 1.0}
 class Progress:
     """How far ``prepare`` has come. A pass is one reading of all the input."""
 
-    phase: str
-    bytes_read: int
-    bytes_total: int
-    num_documents: int
-    num_tokens: int
+    phase: str  # what this pass is for
+    bytes_read: int  # in this pass
+    bytes_total: int  # of all input files
+    num_documents: int  # so far
+    num_tokens: int  # so far
 
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
     """What ``prepare`` made, or found."""
 
-    folder: Path
-    train: ShardIndex
-    eval: ShardIndex | None
-    reused: bool
-    seconds: float
-    test: ShardIndex | None = None
+    folder: Path  # holds train, eval and test
+    train: ShardIndex  # to learn from
+    eval: ShardIndex | None  # held out, None without a holdout
+    reused: bool  # made by the same request before
+    seconds: float  # that it took
+    test: ShardIndex | None = None  # held out of enwik8 and text8 for the end
     left_out: dict[str, int] = field(default_factory=dict)  # records that are no sample, by why
 
 
@@ -99,6 +99,9 @@ def prepare(
         keep_markup: Leave wiki markup as it is.
         overwrite: Replace a data set made by another request.
         progress: Called after each document.
+
+    Returns:
+        The indexes of what was made, or of what the same request made before.
 
     Raises:
         DataError: If an input cannot be read, the disk is too small, there is too little text, or

@@ -207,6 +207,9 @@ def verify(folder: Path | str, progress: Callable[[int, int], None] | None = Non
         folder: The data set, as for ``load_index``.
         progress: Called with (bytes done, bytes in all) after each shard.
 
+    Returns:
+        The index of what was checked.
+
     Raises:
         DataError: Naming the first file that differs.
     """

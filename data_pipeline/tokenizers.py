@@ -168,6 +168,12 @@ def _save_record(folder: Path, tokenizer: Tokenizer) -> None:
 def load_tokenizer(folder: Path) -> Tokenizer:
     """Load what ``save`` wrote.
 
+    Args:
+        folder: ``tokenizer`` in a data set.
+
+    Returns:
+        Bytes, or byte-level BPE.
+
     Raises:
         DataError: If files are missing, malformed, or not the ones that were saved.
     """

@@ -54,6 +54,9 @@ def fold_key(seed: int, step: int, layer: int, site: int) -> int:
         layer: Index of the layer.
         site: Which dropout of the layer.
 
+    Returns:
+        The key, in [0, 2**32).
+
     Raises:
         ValueError: If a number is negative.
     """

@@ -88,6 +88,9 @@ def load_run(
         data: The run's training data, for a tokenizer that is not among the run's artifacts;
             None is where it was.
 
+    Returns:
+        The model in plain torch, with its recipe and tokenizer.
+
     Raises:
         ValueError: If there is no such run or checkpoint, it is damaged, its tokenizer is not
             there, or the model is one that has no plain form.

@@ -136,6 +136,9 @@ def plain_from_config(
         vocab_size: Entries of the token embedding.
         tokens: Special tokens of the tokenizer.
         labels: Names of a classifier's classes.
+
+    Returns:
+        A plain module; parameters fp32 on torch's default device, drawn from its generator.
     """
     model: PlainTrained
     if isinstance(config, LedConfig):
