@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 _MASK32 = 0xFFFFFFFF
+_CACHED_ELEMENTS = 1 << 16
 # lowbias32, a public-domain 32-bit finaliser (Chris Wellons, "Prospecting for hash functions").
 MIX_A = 0x7FEB352D
 MIX_B = 0x846CA68B
@@ -136,5 +137,22 @@ def keep_mask(bases: Tensor, rows: Tensor, columns: Tensor, rate: float) -> Tens
         bool mask of the broadcast shape, True = stays.
     """
     row_hash = mix32_(bases + rows.to(torch.int32) * signed32(ROW_STEP))
-    bits = mix32_(row_hash + columns.to(torch.int32) * signed32(COLUMN_STEP))
-    return (bits & 0x7FFFFFFF) >= drop_threshold(rate)
+    terms = columns.to(torch.int32) * signed32(COLUMN_STEP)
+    threshold = drop_threshold(rate)
+    one_row_of_columns = terms.numel() == terms.shape[-1] if terms.dim() else True
+    rows_apart = row_hash.dim() > 1 and row_hash.shape[-1] == 1
+    if row_hash.device.type != "cpu" or not (rows_apart and one_row_of_columns):
+        return _low_bits(row_hash + terms) >= threshold
+    # A dozen passes over a few rows that stay in the cache are a third of those over all at once.
+    keep = torch.empty(*row_hash.shape[:-1], terms.numel(), dtype=torch.bool)
+    few = max(1, _CACHED_ELEMENTS // max(1, terms.numel()))
+    parts = torch.split(keep.flatten(0, -2), few)
+    for part, hashes in zip(parts, torch.split(row_hash.flatten(0, -2), few), strict=True):
+        torch.ge(_low_bits(hashes + terms.flatten()), threshold, out=part)
+    return keep
+
+
+def _low_bits(x: Tensor) -> Tensor:
+    mixed = mix32_(x)
+    mixed &= 0x7FFFFFFF
+    return mixed

@@ -82,3 +82,16 @@ def test_a_shard_of_hidden_states_drops_what_the_whole_would():
 def test_rates_outside_the_range_are_refused(rate):
     with pytest.raises(ValueError, match="outside"):
         AttentionDropout(rate, 1, IDS)
+
+
+def test_rows_at_a_time_are_rows_at_once():
+    bases = hash_bases(7, IDS, range(3))[:, :, None, None]
+    rows, columns = torch.arange(50)[:, None], torch.arange(4000)  # several parts on a CPU
+    whole = keep_mask(bases, rows, columns.expand(50, 4000), 0.3)  # other columns for every row
+    assert torch.equal(keep_mask(bases, rows, columns, 0.3), whole)
+    assert torch.equal(keep_mask(bases[0, 0, 0, 0], rows[3, 0], columns, 0.3), whole[0, 0, 3])
+    for nothing in (
+        keep_mask(bases, rows[:0], columns, 0.3),
+        keep_mask(bases, rows, columns[:0], 0.3),
+    ):
+        assert nothing.numel() == 0 and nothing.shape[:2] == (4, 3)
