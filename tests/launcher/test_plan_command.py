@@ -40,7 +40,7 @@ def test_a_plan_needs_no_torch(path):
     words = ["plan", str(path), "--world", "2", "--vocab", str(VOCAB)]
     code = (
         "import sys; from haloformer.launcher.cli import main; "
-        f"main({words!r}); sys.exit('torch' in sys.modules)"
+        f"sys.exit(main({words!r}) or 'torch' in sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
 
