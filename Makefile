@@ -6,14 +6,16 @@ STAMP := $(VENV)/.installed
 SOURCES := kernels model launcher data_pipeline configs
 ENWIKI := data/raw/enwiki-slice.xml.bz2
 
-.PHONY: setup train train-led test lint format bench compile-check clean help setup-root
+.PHONY: setup train train-led test lint format bench bench-gpu compile-check clean help setup-root
 
 help:
 	@echo 'make train   fetch and prepare the demo text, train on 2 sequence-parallel ranks'
 	@echo 'make train-led   the same for a small LED on article leads, and its ROUGE'
 	@echo 'make test    all default tests (no GPU, no network beyond the package index)'
 	@echo 'make lint    ruff, mypy, import layers, file sizes'
-	@echo 'make bench   time and memory of the attention on this CPU, beside its peers (ten minutes)'
+	@echo 'make bench   time and memory of the attention (ten minutes) and of whole steps (half an hour)'
+	@echo '             on this CPU, beside their peers and beside bench/history.jsonl'
+	@echo 'make bench-gpu   the kernels and whole steps on CUDA GPUs; without one it says so and fails'
 	@echo 'make compile-check   every attention kernel for sm_80, sm_90 and gfx942, without a GPU'
 	@echo 'make setup-root   what the tests with several hosts and with SLURM need (Debian, as root)'
 	@echo 'make clean   remove .venv, data and caches; runs and mlflow.db stay'
@@ -62,6 +64,10 @@ lint: $(STAMP)
 
 bench: $(STAMP)
 	@$(BIN)/haloformer bench attention --json bench.json --png bench.png
+	@$(BIN)/haloformer bench step --sweep --json step.json --png step.png --history bench/history.jsonl
+
+bench-gpu: $(STAMP)
+	@$(BIN)/python tests/bench/gpu_all.py
 
 compile-check: $(STAMP)
 	@$(BIN)/python -m haloformer.kernels.compile_check

@@ -129,7 +129,7 @@ def report(experiment: str, outcomes: Sequence[Outcome], unit: str, axis: str = 
         spread = f" +- {stdev(values):.4f}" if len(values) > 1 else ""
         print(f"{name:<16}{' '.join(f'{v:8.4f}' for v in values)}   {fmean(values):.4f}{spread}")
     record = {
-        "commit": _commit(),
+        "commit": commit(),
         "command": " ".join(["python", *sys.argv]),
         "seeds": sorted({outcome.seed for outcome in outcomes}),
         "unit": unit,
@@ -140,7 +140,9 @@ def report(experiment: str, outcomes: Sequence[Outcome], unit: str, axis: str = 
     _plot(experiment, outcomes, names, unit, axis)
 
 
-def _commit() -> str:
+def commit() -> str:
+    """The commit that is checked out, and whether the tree differs from it."""
+
     def git(*words: str) -> str:
         done = subprocess.run(["git", "-C", str(HERE), *words], capture_output=True, check=True)
         return done.stdout.decode().strip()
