@@ -9,32 +9,24 @@ import platform
 import shutil
 import socket
 import sys
+import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 from packaging.requirements import Requirement
 
 from haloformer.configs.schema import TrackingConfig
-from haloformer.launcher import tracking
-from haloformer.launcher.environment import accelerator
+from haloformer.launcher.doctor_device import Finding, device_findings
 from haloformer.launcher.hosts import Host, HostsError, read_hostfile
-from haloformer.launcher.known_runs import RUNS
+from haloformer.launcher.launch import LaunchError, choose_port
 from haloformer.launcher.on_host import HostFacts
-from haloformer.launcher.ssh_cluster import SshCluster, differences
+
+# MLflow is imported where it is asked for: it may be what is broken.
 
 _LOW_DISK_GIB = 2.0
 _CLOCK_S = 5.0
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One thing looked at: fine, or not with a remedy."""
-
-    subject: str
-    found: str
-    remedy: str | None = None
+_ALWAYS_SHOWN = ("torch", "triton", "deepspeed", "megatron-core", "mlflow", "webdataset")
 
 
 def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -52,7 +44,7 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the command; returns 0 when all is well, 2 otherwise."""
-    checks = [_python, _versions, _device, _memory, _disk, _loopback, _tracking]
+    checks = [_python, _versions, device_findings, _memory, _folders, _loopback, _tracking]
     if arguments.hostfile is not None:
         hosts = read_hostfile(arguments.hostfile)
         checks.append(lambda: _hosts(hosts))
@@ -75,24 +67,26 @@ def _python() -> Iterator[Finding]:
 
 
 def _versions() -> Iterator[Finding]:
-    """The installed version of each library against what pyproject pinned."""
-    for text in importlib.metadata.requires("haloformer") or []:
-        requirement = Requirement(text)
+    """The installed version of each library against what pyproject asks for."""
+    try:
+        wanted = importlib.metadata.requires("haloformer")
+    except importlib.metadata.PackageNotFoundError:
+        yield Finding(
+            "haloformer", "imported from a folder", "install it: pip install --editable ."
+        )
+        return
+    for requirement in map(Requirement, [] if wanted is None else wanted):
         name, pins = requirement.name, requirement.specifier
-        if name not in ("torch", "triton", "deepspeed", "megatron-core", "mlflow", "webdataset"):
-            continue
+        if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
+            continue  # of an extra, or of another system
         try:
             version = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             yield Finding(name, "missing", f"pip install '{name}{pins}'")
             continue
         remedy = None if pins.contains(version) else f"pip install '{name}{pins}'"
-        yield Finding(name, f"{version} (wanted {pins})", remedy)
-
-
-def _device() -> Iterator[Finding]:
-    cores = len(os.sched_getaffinity(0))
-    yield Finding("device", f"{accelerator()}, {cores} cores")
+        if remedy is not None or name in _ALWAYS_SHOWN:
+            yield Finding(name, f"{version} (wanted {pins})", remedy)
 
 
 def _memory() -> Iterator[Finding]:
@@ -105,29 +99,63 @@ def _memory() -> Iterator[Finding]:
     )
 
 
-def _disk() -> Iterator[Finding]:
-    for folder in (Path.cwd(), Path(os.environ.get("TMPDIR", "/tmp"))):
+def _folders() -> Iterator[Finding]:
+    """Runs are written here, scratch files to the temporary folder, caches to the home folder."""
+    here = Path.cwd()
+    yield _folder("disk", here, "runs/ and mlflow.db are made here: go to a folder of yours")
+    try:
+        scratch = Path(tempfile.gettempdir())
+    except FileNotFoundError as error:
+        yield Finding("disk", str(error), "export TMPDIR=FOLDER, one that can be written")
+    else:
+        yield _folder("disk", scratch, "export TMPDIR=FOLDER, one that can be written")
+    home = Path(os.path.expanduser("~"))
+    yield _folder("home", home, "Triton and matplotlib keep caches there: export HOME=FOLDER")
+
+
+def _folder(subject: str, folder: Path, remedy: str) -> Finding:
+    """Whether a folder can be written and has room."""
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
         free = shutil.disk_usage(folder).free / 2**30
-        low = free < _LOW_DISK_GIB
-        remedy = f"free some space: below {_LOW_DISK_GIB:.0f} GiB runs fail" if low else None
-        yield Finding("disk", f"{free:.1f} GiB free in {folder}", remedy)
+    except OSError as error:
+        return Finding(subject, f"{folder} cannot be written ({error.strerror})", remedy)
+    low = free < _LOW_DISK_GIB
+    return Finding(
+        subject,
+        f"{free:.1f} GiB free in {folder}",
+        f"free some space: below {_LOW_DISK_GIB:.0f} GiB runs fail" if low else None,
+    )
 
 
 def _loopback() -> Iterator[Finding]:
-    """Ranks of one machine meet on the loopback interface."""
+    """Ranks of one machine meet on the loopback interface, at a port like this."""
+    try:
+        port = choose_port(None)
+    except LaunchError as error:
+        yield Finding("loopback", str(error), "bring the interface up: ip link set lo up")
+        return
     try:
         with (
-            socket.create_server(("127.0.0.1", 0)) as server,
+            socket.create_server(("127.0.0.1", port)) as server,
             socket.create_connection(server.getsockname(), timeout=5),
         ):
             pass
     except OSError as error:
-        yield Finding("loopback", str(error), "bring the interface up: ip link set lo up")
+        found = f"port {port}: {error}"
+        yield Finding("loopback", found, "a firewall? iptables -I INPUT -i lo -j ACCEPT")
         return
-    yield Finding("loopback", "ranks can meet on 127.0.0.1")
+    yield Finding("loopback", f"ranks can meet on 127.0.0.1, at port {port} for one")
 
 
 def _tracking() -> Iterator[Finding]:
+    try:
+        from haloformer.launcher import tracking
+    except ImportError as error:
+        again = "pip install --force-reinstall mlflow"
+        yield Finding("tracking", f"MLflow cannot be imported: {error}", again)
+        return
     uri = tracking.tracking_uri(TrackingConfig(), os.environ.get("MLFLOW_TRACKING_URI"))
     database = Path(uri.removeprefix("sqlite:///"))
     if uri.startswith("sqlite:///") and database.parent.is_dir() and not database.exists():
@@ -143,6 +171,10 @@ def _tracking() -> Iterator[Finding]:
 
 def _hosts(hosts: Sequence[Host]) -> Iterator[Finding]:
     """Every host as it sees itself, what the first one says being what all should say."""
+    from haloformer.launcher import tracking
+    from haloformer.launcher.known_runs import RUNS
+    from haloformer.launcher.ssh_cluster import SshCluster, differences
+
     cluster = SshCluster(hosts, RUNS, None, None)
     try:
         cluster.check_tools()

@@ -181,10 +181,12 @@ class SshCluster(RemoteCluster):
         Raises:
             HostsError: Naming what is missing.
         """
-        missing = [program for program in ("ssh", "pdsh") if shutil.which(program) is None]
+        packages = {"ssh": "openssh-client", "pdsh": "pdsh"}
+        missing = [program for program in packages if shutil.which(program) is None]
         if missing:
+            install = " ".join(packages[program] for program in missing)
             raise HostsError(
-                f"--hostfile needs {' and '.join(missing)}; install it on this machine"
+                f"--hostfile needs {' and '.join(missing)}; apt-get install {install} here"
             )
 
     def start(
