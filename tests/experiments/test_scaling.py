@@ -64,3 +64,10 @@ def test_a_million_tokens_over_four_ranks(tmp_path):
     """12 GiB free memory; minutes."""
     words = ["--tokens", "16384", "262144", "1048576", "--output", str(tmp_path)]
     subprocess.run([sys.executable, SCRIPT, *words], check=True)
+
+
+@pytest.mark.extended
+def test_a_step_costs_no_more_than_linearly(tmp_path):
+    """A quiet machine; minutes."""
+    script = Path(million.__file__).with_name("linear.py")
+    subprocess.run([sys.executable, str(script), "--output", str(tmp_path)], check=True)
