@@ -29,6 +29,7 @@ from haloformer.launcher.bench_step_contender import (
 Say = Callable[[str], None]
 _CORES = 2
 _GIB = 1024.0  # in MiB
+_PAGE_MIB = 4 / 1024  # a step of a tiny model may need no more than the process has already
 # What our step must reach beside transformers', and where memory is bounded outright.
 _SPEED, _MEMORY, _LED_LIMIT_MIB = 4.0, 0.25, 4 * _GIB
 _SLOWER = 1.1  # two ranks over one rank on the same cores
@@ -204,8 +205,9 @@ def _ratios(rows: dict[str, dict[str, Any]], ranks: Sequence[int]) -> dict[str, 
             continue
         found[f"tokens_per_second, {name}"] = _median_ratio(theirs, row)
         for key in WEIGHTS:
-            found[f"{key}_per_rank, {name}"] = max(row[key]) / theirs[key][0]
-            found[f"{key}_of_all_ranks, {name}"] = sum(row[key]) / theirs[key][0]
+            weight = max(theirs[key][0], _PAGE_MIB)
+            found[f"{key}_per_rank, {name}"] = max(*row[key], _PAGE_MIB) / weight
+            found[f"{key}_of_all_ranks, {name}"] = max(sum(row[key]), _PAGE_MIB) / weight
     if {1, 2} <= set(ranks) and not (rows[ours(1)]["note"] or rows[ours(2)]["note"]):
         found["seconds, 2 ranks over 1"] = _median_ratio(rows[ours(2)], rows[ours(1)])
     return found
