@@ -155,10 +155,13 @@ def _batch_faults(config: TrainConfig, data: int) -> list[str]:
             f"parallel.context {parallel.context} is more than data.seq_len {length}: every "
             "rank needs at least one row; lower parallel.context"
         )
-    if batch.global_batch % (batch.micro_batch * data):
+    together = batch.micro_batch * data
+    if batch.global_batch % together:
+        above = -(-batch.global_batch // together) * together
         faults.append(
             f"batch.global_batch {batch.global_batch} is not a multiple of batch.micro_batch "
-            f"{batch.micro_batch} x {data} data-parallel ranks = {batch.micro_batch * data}"
+            f"{batch.micro_batch} x {data} data-parallel ranks = {together}; take {above}, say, or "
+            "another micro_batch or --ranks"
         )
     return faults
 

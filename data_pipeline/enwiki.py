@@ -90,11 +90,12 @@ def extract_slice(wheel: Path) -> bytes:
 
 
 def main() -> int:
-    """Fetch the slice into the folder named on the command line and print its path."""
+    """Fetch the slice into the folder named on the command line and say where it is."""
     parser = argparse.ArgumentParser(description="Fetch a small slice of the English Wikipedia.")
     parser.add_argument("folder", type=Path)
     try:
-        print(fetch_enwiki(parser.parse_args().folder))
+        path = fetch_enwiki(parser.parse_args().folder)
+        print(f"{path}: {path.stat().st_size / 1e6:.1f} MB of the English Wikipedia")
     except DataError as fault:
         print(f"error: {fault}", file=sys.stderr)
         return 2
