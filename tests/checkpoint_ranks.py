@@ -33,7 +33,7 @@ BEFORE_THE_FORK = (sqlalchemy_store,)  # MLflow would import it in every rank, f
 # Where a save is cut short -> which rank dies there.
 VICTIMS = {phase: 1 if rank is None else rank for phase, rank in PHASES.items()}
 STATE = {"seed": 7, "data": {"0": [1, 2, 3]}}
-LIMIT_S = 120
+LIMIT_S = 300
 
 
 class DyingStore(CheckpointStore):

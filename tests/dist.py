@@ -47,7 +47,7 @@ class RanksFailedError(AssertionError):
 
 
 def run_ranks(
-    world_size: int, fn: Callable[..., Any], *args: Any, timeout: float = 120.0, threads: int = 1
+    world_size: int, fn: Callable[..., Any], *args: Any, timeout: float = 300.0, threads: int = 1
 ) -> list[Any]:
     """Call ``fn(rank, world_size, *args)`` on ``world_size`` new processes, one gloo world.
 

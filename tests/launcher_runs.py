@@ -12,7 +12,7 @@ import yaml
 
 from haloformer.launcher.run_dir import RunDir
 
-LIMIT_S = 150.0
+LIMIT_S = 300.0
 
 TINY = {
     "name": "tiny",

@@ -34,7 +34,7 @@ from haloformer.launcher.run_dir import Orders, Plan, RunDir
 
 BEFORE_THE_FORK = (sqlalchemy_store,)  # MLflow would import it in every rank, for a second
 ATTEMPT = "life"
-LIMIT_S = 120
+LIMIT_S = 300
 
 
 def in_child(work: Callable[[], Any]) -> Any:

@@ -14,7 +14,7 @@ def test_four_layouts_in_turn_see_the_batches_and_losses_of_one_rank():
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=400,
+        timeout=900,
     )
     assert done.returncode == 0, done.stderr
     assert "64 steps, 256 sequences as on one rank" in done.stdout
