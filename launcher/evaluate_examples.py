@@ -15,7 +15,7 @@ from haloformer.data_pipeline.example_stream import ExampleEvalStream
 from haloformer.data_pipeline.examples import ExampleBatch, ExampleKey
 from haloformer.data_pipeline.index import ShardIndex
 from haloformer.launcher.coref_scores import conll_scores, coref_counts, summed_counts
-from haloformer.launcher.evaluators import Evaluator, Json, Outcome, Work, gathered
+from haloformer.launcher.evaluators import Evaluator, Json, Outcome, Work, dealt, gathered
 from haloformer.launcher.label_scores import accuracy, mean_f1
 from haloformer.model.coreference import predicted_clusters
 
@@ -32,27 +32,16 @@ class ExampleEvaluator(Evaluator):
         """Score every example, or the first ``limit``."""
         stream = work.open_stream()
         assert isinstance(stream, ExampleEvalStream)
-        total, limit = stream.index.num_samples, work.settings["limit"]
-        total = total if limit is None else min(total, limit)
-        work.pace.begin("examples", total)
         records: list[Record] = []
-        for batch_number, batch in enumerate(stream):
-            first = batch_number * work.topology.layout.data
-            if first >= total:
-                break
-            number, (key,) = first + work.topology.data_rank, batch.keys
-            if key is None or number >= total:  # none left, or damaged and such are skipped
-                work.pace.advance(0)
-                continue
-            (inputs,) = work.task.micro_batches(batch, 1, work.topology)
+        for number, batch, inputs in dealt(stream, self.unit, work):
             output = model(*inputs, None)
             if work.counts:
-                records.append({"number": number, **self.record(stream, key, batch, output)})
-            work.pace.advance(1)
-        found = gathered(records, work)
-        if not found:
+                found = self.record(stream, batch.keys[0], batch, output)
+                records.append({"number": number, **found})
+        answered = gathered(records, work)
+        if not answered:
             raise ValueError(f"{stream.index.folder}: there is no example that can be read")
-        return self.outcome(found, stream.index)
+        return self.outcome(answered, stream.index)
 
     @abstractmethod
     def record(

@@ -15,6 +15,7 @@ from haloformer.launcher.evaluators import (
     Outcome,
     Scores,
     Work,
+    dealt,
     gathered,
     mean_scores,
 )
@@ -78,26 +79,13 @@ class LedEvaluator(Evaluator):
             pad_token=specials.pad,
         )
         scorer, records = open_scorer(), []
-        total = stream.index.num_samples
-        limit = work.settings["limit"]
-        total = total if limit is None else min(total, limit)
-        work.pace.begin(self.unit, total)
-        for batch_number, batch in enumerate(stream):
-            first = batch_number * work.topology.layout.data
-            if first >= total:
-                break
-            number, (key,) = first + work.topology.data_rank, batch.keys
-            if key is None or number >= total:  # none left, or damaged and such are skipped
-                work.pace.advance(0)
-                continue
-            (inputs,) = work.task.micro_batches(batch, 1, work.topology)
+        for number, batch, inputs in dealt(stream, self.unit, work):
             found = generate(model, inputs.input_ids, inputs.shard, search)
             if work.counts:
-                source, target = stream.texts(key)
+                source, target = stream.texts(batch.keys[0])
                 answer = stream.tokenizer.decode(found[0].tolist())
                 texts = {"source": source, "target": target, "answer": answer}
                 records.append({"number": number, **texts, "scores": _score(scorer, **texts)})
-            work.pace.advance(1)
         answered = gathered(records, work)
         if not answered:
             raise ValueError(f"{stream.index.folder}: there is no pair that can be read")

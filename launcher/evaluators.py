@@ -10,7 +10,7 @@ The command and the ranks know an evaluator by these few methods, and no kind by
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -20,6 +20,7 @@ from haloformer.configs.schema import TrainConfig
 if TYPE_CHECKING:  # megatron takes seconds to load, which the command need not wait for
     from torch import nn
 
+    from haloformer.data_pipeline.sample_stream import SampleEvalStream
     from haloformer.launcher.evaluate_pace import Pace
     from haloformer.launcher.tasks import HeldOutSource, Task
     from haloformer.launcher.topology import Topology
@@ -132,6 +133,42 @@ class Evaluator(ABC):
                 trained; a transformers folder has no tensor group.
             work: What there is to do.
         """
+
+
+def dealt(
+    stream: SampleEvalStream[Any, Any], unit: str, work: Work
+) -> Iterator[tuple[int, Any, Any]]:
+    """This rank's part of the examples, or of the first ``limit``, one after the other.
+
+    ::
+
+        5 examples, 2 data ranks     rank 0: 0 2 4     rank 1: 1 3
+
+    Context and tensor ranks see the same ones. The pace is told of each when the next is asked for.
+
+    Args:
+        stream: From ``work.open_stream``.
+        unit: What is counted, in the plural.
+        work: What there is to do.
+
+    Yields:
+        Number in the data set, the batch of it alone, and what the task feeds the model.
+    """
+    total, limit = stream.index.num_samples, work.settings["limit"]
+    total = total if limit is None else min(total, limit)
+    work.pace.begin(unit, total)
+    for batch_number, batch in enumerate(stream):
+        first = batch_number * work.topology.layout.data
+        if first >= total:
+            break
+        number = first + work.topology.data_rank
+        # None is left for this rank, or it is damaged and such are skipped.
+        if number >= total or batch.keys[0] is None:
+            work.pace.advance(0)
+            continue
+        (inputs,) = work.task.micro_batches(batch, 1, work.topology)
+        yield number, batch, inputs
+        work.pace.advance(1)
 
 
 def gathered(records: Sequence[dict[str, Json]], work: Work) -> list[dict[str, Json]]:
