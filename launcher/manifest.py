@@ -81,10 +81,7 @@ class Manifest(_Record):
         Raises:
             ConfigError: If it has what this version does not know.
         """
-        data = dict(self.config.get("data", {}))
-        if data.get("stages") == []:  # a key of checkpoints from before there were phases
-            del data["stages"]
-        return parse_config({**self.config, "data": data}, f"checkpoint step {self.step}")
+        return parse_config(self.config, f"checkpoint step {self.step}")
 
     def to_text(self) -> str:
         """JSON with a hash over itself, so that a cut or altered manifest shows."""

@@ -60,7 +60,7 @@ class OpenPhase:
             ValueError: If it is of other data or another batch; names what differs.
         """
         number = self.phase.number
-        saved = state.get("phase", 0)  # what was written before there were phases
+        saved = state["phase"]
         if saved == number:
             self._check_identity(state["identity"], ignored=())
             self.train.load_state(state["data"])
