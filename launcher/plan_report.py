@@ -98,11 +98,14 @@ def text(report: dict[str, Any], cluster: Cluster) -> Iterator[str]:
 
 def _schedule(phases: list[dict[str, Any]]) -> Iterator[str]:
     yield ""
-    yield "phase          steps   seq_len  batch  rate (warm-up)         tokens/step      tokens"
+    wide = max(len("phase"), *(len(phase["name"]) for phase in phases))
+    yield (
+        f"{'phase':<{wide}}  steps   seq_len  batch  rate (warm-up)         tokens/step      tokens"
+    )
     for phase in phases:
         rate = f"{phase['learning_rate']:g} ({phase['warmup_steps']}) {phase['schedule']}"
         yield (
-            f"{phase['name'][:14]:<14} {phase['steps']:>6} {phase['seq_len']:>8} "
+            f"{phase['name']:<{wide}} {phase['steps']:>6} {phase['seq_len']:>8} "
             f"{phase['global_batch']:>6}  {rate:<22} {phase['tokens_per_step']:>11,} "
             f"{phase['tokens']:>11.3g}"
         )
