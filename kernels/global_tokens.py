@@ -61,8 +61,8 @@ class _GatherGlobalRows(torch.autograd.Function):
         ctx.shard, ctx.counter, ctx.shapes = shard, counter, [x.shape for x in xs]
         rows = []
         for x in xs:
-            examples = torch.arange(x.shape[0], device=x.device)[:, None]
-            rows.append(x[examples, shard.owned_rows].masked_fill_(~_like(shard.owned, x), 0.0))
+            found = x[_examples(x), shard.owned_rows]
+            rows.append(found.masked_fill_(~_like(shard.owned, x), 0.0))
         # One rank's row plus zeros: exact in any dtype.
         return _sum_together(rows, shard, counter)
 
@@ -73,10 +73,10 @@ class _GatherGlobalRows(torch.autograd.Function):
         totals = _sum_together([summable(grad) for grad in grads], shard, ctx.counter)
         grad_xs = []
         for grad, total, shape in zip(grads, totals, ctx.shapes, strict=True):
-            examples = torch.arange(shape[0], device=grad.device)[:, None]
             owned = total.to(grad.dtype).masked_fill(~_like(shard.owned, grad), 0.0)
             grad_x = grad.new_zeros(shape)
-            grad_xs.append(grad_x.index_put_((examples, shard.owned_rows), owned, accumulate=True))
+            places = (_examples(grad_x), shard.owned_rows)
+            grad_xs.append(grad_x.index_put_(places, owned, accumulate=True))
         return (None, None, *grad_xs)
 
 
@@ -114,24 +114,24 @@ def scatter_rows(band_rows: Tensor, global_rows: Tensor, shard: SequenceShard) -
 class _ScatterRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, band_rows: Tensor, global_rows: Tensor, shard: SequenceShard) -> Tensor:
-        ctx.shard, ctx.shape = shard, global_rows.shape
-        example, row, slot = shard.overwritten
-        padding = global_rows.new_zeros(global_rows.shape[0], 1, *global_rows.shape[2:])
-        out = band_rows.clone(memory_format=torch.contiguous_format)
-        out[example, row] = torch.cat([global_rows, padding], dim=1)[example, slot]
-        return out
+        ctx.shard = shard
+        out = band_rows.masked_fill(_like(shard.overwritten, band_rows), 0.0)
+        # Slots of no row here add zeros to row 0, so that nobody has to know how many there are.
+        owned = global_rows.masked_fill(~_like(shard.owned, global_rows), 0.0)
+        return out.index_put_((_examples(owned), shard.owned_rows), owned, accumulate=True)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
-        example, row, slot = ctx.shard.overwritten
-        num_batch, num_globals, *rest = ctx.shape
-        grad_global = grad.new_zeros(num_batch, num_globals + 1, *rest)
-        # Slots of padding meet in row G, which is thrown away.
-        grad_global[example, slot] = grad[example, row]
-        grad_band = grad.clone(memory_format=torch.contiguous_format)
-        grad_band[example, row] = 0.0
-        return grad_band, grad_global[:, :num_globals].contiguous(), None
+        shard: SequenceShard = ctx.shard
+        grad_global = grad[_examples(grad), shard.owned_rows]
+        grad_global = grad_global.masked_fill_(~_like(shard.owned, grad), 0.0)
+        return grad.masked_fill(_like(shard.overwritten, grad), 0.0), grad_global, None
+
+
+def _examples(x: Tensor) -> Tensor:
+    """[B, 1]: 0, 1, 2, ..., to index a row of each example."""
+    return torch.arange(x.shape[0], device=x.device)[:, None]
 
 
 @dataclass(frozen=True, eq=False)

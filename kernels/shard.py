@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -40,7 +40,9 @@ class SequenceShard:
 
     Raises:
         ValueError: If shapes or dtypes disagree, the world size does not divide the length, or a
-            global position is outside the sequence, on padding, or given twice.
+            global position is outside the sequence, on padding, or given twice. Positions are
+            looked at on a CPU only, because a GPU would have to be waited for: make a shard on
+            the CPU and take it over by :meth:`to`.
     """
 
     group: ProcessGroup | None
@@ -73,7 +75,20 @@ class SequenceShard:
         for name, x in (("attention_mask", self.attention_mask), ("global_mask", self.global_mask)):
             if x.dtype != torch.bool:
                 raise ValueError(f"{name} is {x.dtype}; masks are bool, True = real")
-        self._check_positions()
+        if self.num_globals and self.global_positions.device.type == "cpu":
+            self._check_positions()
+
+    def to(self, device: torch.device) -> SequenceShard:
+        """The same on a device."""
+        segments = self.segment_ids
+        return replace(
+            self,
+            attention_mask=self.attention_mask.to(device),
+            segment_ids=None if segments is None else segments.to(device),
+            global_positions=self.global_positions.to(device),
+            global_mask=self.global_mask.to(device),
+            sample_ids=self.sample_ids.to(device),
+        )
 
     def _check_positions(self) -> None:
         used = self.global_positions[self.global_mask]
@@ -147,14 +162,6 @@ class SequenceShard:
         return self.segment_ids.gather(1, self.global_positions.where(self.global_mask, 0))
 
     @cached_property
-    def overwritten(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Which local rows the band does not answer: (example, local row, slot), each [R].
-
-        The slot is the number of the global token, or G for a row of padding.
-        """
-        slot = torch.full_like(self.local(self.attention_mask), -1, dtype=torch.int64)
-        slot = slot.masked_fill(~self.local(self.attention_mask), self.num_globals)
-        example, number = self.owned.nonzero(as_tuple=True)
-        slot[example, self.owned_rows[example, number]] = number
-        example, row = (slot >= 0).nonzero(as_tuple=True)
-        return example, row, slot[example, row]
+    def overwritten(self) -> Tensor:
+        """[B, n] bool: local rows that the band does not answer, global tokens and padding."""
+        return self.local(self.is_global | ~self.attention_mask)

@@ -11,7 +11,9 @@ from torch.distributed import ProcessGroup
 
 from haloformer.data_pipeline.batch import Batch
 from haloformer.launcher.evaluators import Evaluator, Outcome, Work, summed
-from haloformer.model.longformer import IGNORED_LABEL, LongformerForMaskedLM
+from haloformer.launcher.feeding import RankInput
+from haloformer.model.longformer import LongformerForMaskedLM
+from haloformer.model.targets import IGNORED_LABEL
 
 
 class MaskedLmEvaluator(Evaluator):
@@ -39,7 +41,8 @@ class MaskedLmEvaluator(Evaluator):
                 batch.labels.fill(IGNORED_LABEL)
             for inputs in work.task.micro_batches(batch, 1, work.topology):
                 output = model(*inputs, None)
-                labels = inputs.labels[inputs.labels != IGNORED_LABEL]
+                assert isinstance(inputs, RankInput)
+                labels = inputs.labels.tokens
                 vocab_size, group = model.vocab_size, model.tensor_group
                 chosen = most_likely(output.logits, vocab_size, group)
                 totals["nats"] += output.loss_sum.item()

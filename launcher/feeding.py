@@ -15,6 +15,7 @@ from haloformer.data_pipeline.examples import ExampleBatch
 from haloformer.data_pipeline.pairs import PairBatch
 from haloformer.kernels.sharded import SequenceShard
 from haloformer.launcher.topology import Topology
+from haloformer.model.targets import Targets
 
 
 class RankInput(NamedTuple):
@@ -22,12 +23,12 @@ class RankInput(NamedTuple):
 
     Attributes:
         input_ids: [B, n] int64, this rank's rows.
-        labels: [B, n] int64, -100 where nothing is predicted.
+        labels: What is predicted of this rank's rows.
         shard: The whole sequence's metadata and this rank's place in it.
     """
 
     input_ids: Tensor
-    labels: Tensor
+    labels: Targets
     shard: SequenceShard
 
 
@@ -37,13 +38,13 @@ class PairInput(NamedTuple):
     Attributes:
         input_ids: [B, n] int64, this rank's rows of the source.
         decoder_input_ids: [B, t] int64, this rank's rows of what the decoder reads.
-        labels: [B, t] int64, this rank's rows of the target, -100 on padding.
+        labels: What is predicted of this rank's rows of the target.
         shard: The whole source's metadata and this rank's place in it.
     """
 
     input_ids: Tensor
     decoder_input_ids: Tensor
-    labels: Tensor
+    labels: Targets
     shard: SequenceShard
 
 
@@ -102,7 +103,7 @@ def pair_micro_batches(
         yield PairInput(
             input_ids=_tensor(part.input_ids[:, rows], topology),
             decoder_input_ids=_tensor(part.decoder_input_ids[:, targets], topology),
-            labels=_tensor(part.labels[:, targets], topology),
+            labels=_targets(part.labels[:, targets], topology),
             shard=shard,
         )
 
@@ -143,25 +144,35 @@ def _rank_input(batch: Batch, topology: Topology) -> RankInput:
     rows = slice(shard.first_row, shard.first_row + shard.num_rows)
     return RankInput(
         input_ids=_tensor(batch.input_ids[:, rows], topology),
-        labels=_tensor(batch.labels[:, rows], topology),
+        labels=_targets(batch.labels[:, rows], topology),
         shard=shard,
     )
 
 
 def _shard(batch: Batch | PairBatch | ExampleBatch, topology: Topology) -> SequenceShard:
     segments = batch.segment_ids if isinstance(batch, Batch) else None
-    return SequenceShard(
+    shard = SequenceShard(
         group=topology.context_group,
         rank=topology.context_rank,
         world_size=topology.layout.context,
         length=batch.input_ids.shape[1],
-        attention_mask=_tensor(batch.attention_mask, topology),
-        segment_ids=None if segments is None else _tensor(segments, topology),
-        global_positions=_tensor(batch.global_positions, topology),
-        global_mask=_tensor(batch.global_mask, topology),
-        sample_ids=_tensor(batch.sample_ids, topology),
+        attention_mask=_on_host(batch.attention_mask),
+        segment_ids=None if segments is None else _on_host(segments),
+        global_positions=_on_host(batch.global_positions),
+        global_mask=_on_host(batch.global_mask),
+        sample_ids=_on_host(batch.sample_ids),
     )
+    return shard.to(topology.device)
+
+
+def _targets(labels: NDArray[np.int64], topology: Topology) -> Targets:
+    """Found on the host, so that no device is waited for."""
+    return Targets.of(_on_host(labels)).to(topology.device)
 
 
 def _tensor(array: NDArray[Any], topology: Topology) -> Tensor:
-    return torch.from_numpy(np.ascontiguousarray(array)).to(topology.device)
+    return _on_host(array).to(topology.device)
+
+
+def _on_host(array: NDArray[Any]) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(array))

@@ -20,6 +20,7 @@ from haloformer.launcher.plan_model import FP32, Layer, Model, Rows, Split
 
 # Cross-attention works on so many target rows at a time (kernels.cross_attention.BLOCK_ROWS).
 CROSS_BLOCK = 64
+_LOSS_AT_ONCE = 1 << 20  # elements, as model/vocab_loss.py
 _INT64 = 8
 
 
@@ -210,32 +211,31 @@ class Head:
 
     Attributes:
         kept: From the forward to the backward, logits included.
-        forward: On top of it, for a moment of the forward.
+        added: On top of it, for a moment of the backward.
     """
 
     kept: int
-    forward: int
+    added: int
 
 
 def head_of(model: Model, rows: Rows, split: Split) -> Head:
     """The head and the loss at the predicted rows.
 
-    The loss computes in fp32: bf16 logits are copied, then shifted by their maximum and
-    exponentiated, which are two more tensors for a moment.
+    The loss computes in fp32, a few rows at a time. Its gradient is as large as the logits, and
+    is copied once more for the product that gives the gradient of the table.
     """
     features = rows.predicted * model.hidden * split.width
     if not model.scores_vocabulary:
         return Head(2 * features, 0)
     logits = rows.predicted * -(-model.vocab // split.tensor)
-    fp32 = 2 * logits * FP32 + (logits * FP32 if split.width != FP32 else 0)
+    added = logits * split.width + max(logits * split.width, min(logits, _LOSS_AT_ONCE) * FP32)
     # Inputs of dense, gelu, norm, vocabulary; of norm and vocabulary; of the vocabulary.
     kept = {"longformer_mlm": 4, "char_lm": 2, "led": 1}[model.kind] * features
     if model.kind != "led":
         kept += 2 * rows.predicted * FP32  # statistics of the norm
     # Which rows are predicted; of each its target, log-sum-exp and whether it is here.
-    kept += rows.batch * (rows.target if model.has_decoder else rows.source)
-    kept += rows.predicted * (_INT64 + FP32 + 1)
-    return Head(kept + logits * split.width, fp32)
+    kept += rows.predicted * (2 * _INT64 + FP32 + 1)
+    return Head(kept + logits * split.width, added)
 
 
 def feed_backward(model: Model, layer: Layer, rows: Rows, split: Split) -> int:

@@ -62,8 +62,7 @@ def run(arguments: argparse.Namespace) -> int:
     if num_globals is None:
         num_globals = int(config.data.global_tokens == "first")
     device = DEVICES[arguments.device]
-    on_cpu = arguments.device == "cpu"
-    cluster = Cluster(arguments.world, arguments.gpus_per_node, device, Shares(), on_cpu)
+    cluster = Cluster(arguments.world, arguments.gpus_per_node, device, Shares())
     report, own = forecast(config, vocab, num_globals, cluster)
     for line in (*text(report, cluster), "", *picture(own, cluster.per_node)):
         print(line)

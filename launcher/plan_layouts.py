@@ -23,14 +23,12 @@ class Cluster:
         per_node: Devices of a node.
         device: Which.
         shares: What a step is taken to reach of it.
-        on_cpu: Whether torch runs on a CPU.
     """
 
     world: int
     per_node: int
     device: Device
     shares: Shares
-    on_cpu: bool
 
 
 @dataclass(frozen=True)
@@ -81,7 +79,7 @@ def judge(
     accumulation = batch // (split.data * split.micro_batch)
     rows = rows_of(config, split, num_globals)
     place = Place(split, cluster.per_node)
-    peak = memory(model, rows, split, accumulation, cluster.on_cpu).peak
+    peak = memory(model, rows, split, accumulation).peak
     # A rank in the middle sends halos to both sides; the last tensor rank's heads reach farthest.
     middle, last = split.context // 2, split.tensor - 1
     flows = traffic(model, rows, split, accumulation, middle, last)

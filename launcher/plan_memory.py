@@ -76,7 +76,6 @@ class _State:
     rows: Rows
     split: Split
     accumulation: int
-    on_cpu: bool
     parts: list[Part]
     groups: list[int]  # flat groups, padded
 
@@ -107,9 +106,7 @@ class _State:
         return self.split.zero_stage == 1 and self.split.width != FP32
 
 
-def memory(
-    model: Model, rows: Rows, split: Split, accumulation: int, on_cpu: bool = False
-) -> MemoryPlan:
+def memory(model: Model, rows: Rows, split: Split, accumulation: int) -> MemoryPlan:
     """One rank's memory through a step.
 
     Args:
@@ -117,11 +114,10 @@ def memory(
         rows: Of one forward pass.
         split: How the ranks share the work.
         accumulation: Forward passes per step.
-        on_cpu: Whether torch's AdamW goes tensor by tensor, as it does on a CPU.
     """
     parts = parts_of(model, split.tensor)
     groups = flat_groups(parts, split.zero_ranks)
-    state = _State(model, rows, split, accumulation, on_cpu, parts, groups)
+    state = _State(model, rows, split, accumulation, parts, groups)
     stays = _stays(state)
     moments = [
         *_through_the_pass(state),
@@ -183,7 +179,7 @@ def _through_the_pass(state: _State) -> list[Moment]:
     moments = [
         Moment(
             "loss",
-            before + Counter(activations=below + sum(kept) + head.kept, temporaries=head.forward),
+            before + Counter(activations=below + sum(kept) + head.kept, temporaries=head.added),
         )
     ]
     # The tied table has its first gradient from the head, and waits for that of the embedding.
@@ -241,17 +237,13 @@ def _reduce(state: _State) -> Moment:
 
 
 def _optimizer(state: _State) -> Moment:
-    """AdamW on the flat groups; its temporaries are as large as what it steps at once."""
+    """Fused AdamW on the flat groups: it has no temporaries of its own."""
     split, ranks = state.split, state.split.zero_ranks
     largest = max(state.groups) // ranks
     held: Counter[str] = Counter()
     if split.zero_stage == 0:
-        biggest = max(size for part in state.parts for size, _ in part.sizes)
         held["gradients"] = FP32 * state.whole
-        held["temporaries"] = FP32 * (2 * biggest if state.on_cpu else state.whole)
         return Moment("optimizer", held)
-    # On a CPU a root and a quotient, tensor by tensor; on a GPU one root of all it is given.
-    held["temporaries"] = FP32 * largest * (2 if state.on_cpu else 1)
     if state.bf16_optimizer:
         return Moment("optimizer", held)
     if split.zero_stage < 3:

@@ -189,7 +189,7 @@ def _element_bytes(model: Model, rows: Rows, split: Split, accumulation: int) ->
     )
     head = head_of(model, rows, split)
     passes = _PASSES_OF_ACTIVATIONS + {"none": 0, "selective": 1, "full": 2}[split.recompute]
-    moved = accumulation * (passes * kept + _PASSES_OF_ACTIVATIONS * (head.kept + head.forward))
+    moved = accumulation * (passes * kept + _PASSES_OF_ACTIVATIONS * (head.kept + head.added))
     weights = sum(part.elements for part in parts_of(model, split.tensor))
     # Read forward and backward, gradients written; then AdamW reads four and writes three values
     # per element that it steps.

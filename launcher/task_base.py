@@ -23,7 +23,7 @@ from haloformer.launcher.feeding import ChoiceInput, ExampleInput, PairInput, Ra
 from haloformer.launcher.plan_flops import Work, training_flops
 from haloformer.launcher.plan_model import model_of
 from haloformer.launcher.topology import Topology
-from haloformer.model.longformer import IGNORED_LABEL
+from haloformer.model.targets import IGNORED_LABEL
 
 AnyBatch = Batch | PairBatch | ExampleBatch
 AnyInput = RankInput | PairInput | ExampleInput | ChoiceInput

@@ -33,7 +33,8 @@ from haloformer.launcher.task_base import AnyBatch, HeldOutSource, Task
 from haloformer.launcher.topology import Topology
 from haloformer.model.char_lm import CharLm
 from haloformer.model.led import LedForConditionalGeneration
-from haloformer.model.longformer import IGNORED_LABEL, LongformerForMaskedLM
+from haloformer.model.longformer import LongformerForMaskedLM
+from haloformer.model.targets import IGNORED_LABEL
 
 __all__ = ["AnyBatch", "HeldOutSource", "Task", "task_of"]
 

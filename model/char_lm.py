@@ -32,8 +32,8 @@ from haloformer.model.layers import (
     vocab_embedding,
     vocab_logits,
 )
-from haloformer.model.longformer import IGNORED_LABEL
 from haloformer.model.recompute import recomputed
+from haloformer.model.targets import Targets, as_targets
 from haloformer.model.vocab_loss import token_loss
 from haloformer.model.windows import WindowedAttention, char_window
 
@@ -180,7 +180,7 @@ class CharLm(nn.Module):
     def forward(
         self,
         input_ids: Int[Tensor, "b n"],
-        labels: Int[Tensor, "b n"],
+        labels: Int[Tensor, "b n"] | Targets,
         shard: SequenceShard,
         step: DropoutStep | None = None,
     ) -> CausalLmOutput:
@@ -189,7 +189,7 @@ class CharLm(nn.Module):
         Args:
             input_ids: [B, n] int64.
             labels: [B, n] int64, the token after each, which the next rank may hold; -100 where
-                nothing is predicted.
+                nothing is predicted. Or the same as ``Targets``, for which a GPU waits nowhere.
             shard: What the sequence is and which rows are here; its global tokens are not used.
             step: Names the dropout masks; None drops nothing.
         """
@@ -202,9 +202,9 @@ class CharLm(nn.Module):
         hidden = drop(hidden, self.dropout, step, 0, Site.EMBEDDINGS, shard)
         for layer in self.layers:
             hidden = recomputed(self.recompute == "full", layer, hidden, shard, step)
-        targets = labels != IGNORED_LABEL
+        targets = as_targets(labels)
         weight = self.embedding.get_parameter("weight")
-        features = self.norm(hidden[targets])
+        features = self.norm(targets.pick(hidden))
         logits = vocab_logits(features, weight, self.bias, self.tensor_group)
-        losses = token_loss(logits, labels[targets], self.vocab_size, self.tensor_group)
+        losses = token_loss(logits, targets.tokens, self.vocab_size, self.tensor_group)
         return CausalLmOutput(losses.sum(), logits)

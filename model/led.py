@@ -16,8 +16,8 @@ from haloformer.model.decoder import DecoderLayer, TargetRows
 from haloformer.model.dropout_sites import DropoutStep, Site
 from haloformer.model.encoder import EncoderLayer
 from haloformer.model.layers import padded_vocab, plain_embedding, vocab_embedding, vocab_logits
-from haloformer.model.longformer import IGNORED_LABEL
 from haloformer.model.recompute import recomputed
+from haloformer.model.targets import IGNORED_LABEL, Targets, as_targets
 from haloformer.model.vocab_loss import token_loss
 
 
@@ -179,7 +179,7 @@ class LedForConditionalGeneration(nn.Module):
         self,
         input_ids: Int[Tensor, "b n"],
         decoder_input_ids: Int[Tensor, "b t"],
-        labels: Int[Tensor, "b t"],
+        labels: Int[Tensor, "b t"] | Targets,
         shard: SequenceShard,
         step: DropoutStep | None = None,
     ) -> Seq2SeqOutput:
@@ -191,7 +191,8 @@ class LedForConditionalGeneration(nn.Module):
         Args:
             input_ids: [B, n] int64, this rank's rows of the source.
             decoder_input_ids: [B, t] int64, this rank's rows of the target, shifted right.
-            labels: [B, t] int64, the true tokens, -100 on padding.
+            labels: [B, t] int64, the true tokens, -100 on padding; or the same as ``Targets``,
+                for which a GPU waits nowhere.
             shard: What the source sequence is and which rows are here.
             step: Names the dropout masks; None drops nothing.
 
@@ -200,10 +201,10 @@ class LedForConditionalGeneration(nn.Module):
         """
         memory = self.encode(input_ids, shard, step)
         hidden = self.decode(decoder_input_ids, memory, shard, step)
-        targets = labels != IGNORED_LABEL
-        logits = self.logits(hidden[targets])
+        targets = as_targets(labels)
+        logits = self.logits(targets.pick(hidden))
         losses = token_loss(
-            logits, labels[targets], self.vocab_size, self.tensor_group, self.label_smoothing
+            logits, targets.tokens, self.vocab_size, self.tensor_group, self.label_smoothing
         )
         return Seq2SeqOutput(losses.sum(), logits)
 

@@ -14,9 +14,8 @@ from haloformer.kernels.sharded import SequenceShard
 from haloformer.model.dropout_sites import DropoutStep
 from haloformer.model.encoder import LongformerEncoder
 from haloformer.model.layers import plain_linear, vocab_bias, vocab_logits
+from haloformer.model.targets import Targets, as_targets
 from haloformer.model.vocab_loss import token_loss
-
-IGNORED_LABEL = -100
 
 
 class MaskedLmOutput(NamedTuple):
@@ -76,7 +75,7 @@ class LongformerForMaskedLM(nn.Module):
     def forward(
         self,
         input_ids: Int[Tensor, "b n"],
-        labels: Int[Tensor, "b n"],
+        labels: Int[Tensor, "b n"] | Targets,
         shard: SequenceShard,
         step: DropoutStep | None = None,
         positions: Int[Tensor, "b n"] | None = None,
@@ -85,7 +84,8 @@ class LongformerForMaskedLM(nn.Module):
 
         Args:
             input_ids: [B, n] int64.
-            labels: [B, n] int64, the true token at masked positions and -100 elsewhere.
+            labels: [B, n] int64, the true token at masked positions and -100 elsewhere; or the
+                same as ``Targets``, for which a GPU waits nowhere.
             shard: What the sequence is and which rows are here.
             step: Names the dropout masks; None drops nothing (evaluation).
             positions: [B, n] int64 rows of the position table; None counts the real tokens.
@@ -95,8 +95,10 @@ class LongformerForMaskedLM(nn.Module):
             runs the same operations on zero rows: its loss is 0 and its graph is complete.
         """
         hidden = self.encoder(input_ids, shard, step, positions)
-        targets = labels != IGNORED_LABEL
+        targets = as_targets(labels)
         # Only masked rows get logits: 15 % of a [N, V] matrix that would dwarf the activations.
-        logits = self.head(hidden[targets], self.encoder.embeddings.word_embeddings.weight)
-        loss_sum = token_loss(logits, labels[targets], self.vocab_size, self.tensor_group).sum()
+        rows = targets.pick(hidden)
+        logits = self.head(rows, self.encoder.embeddings.word_embeddings.weight)
+        losses = token_loss(logits, targets.tokens, self.vocab_size, self.tensor_group)
+        loss_sum = losses.sum()
         return MaskedLmOutput(loss_sum, logits)

@@ -8,9 +8,9 @@ from torch import Tensor
 
 from haloformer.model.generate import SearchSettings, generate
 from haloformer.model.led import LedForConditionalGeneration, shift_right
-from haloformer.model.longformer import IGNORED_LABEL
 from haloformer.model.plain import ModelOutput, PlainModel
 from haloformer.model.rows import whole_sequence
+from haloformer.model.targets import IGNORED_LABEL
 from haloformer.model.vocab_loss import token_loss
 
 

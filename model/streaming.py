@@ -19,8 +19,8 @@ from haloformer.kernels.dispatch import choose_backend
 from haloformer.kernels.sharded import SequenceShard
 from haloformer.model.char_lm import CharLayer, CharLm, rotate
 from haloformer.model.layers import vocab_logits
-from haloformer.model.longformer import IGNORED_LABEL
 from haloformer.model.streaming_plan import StreamingPlan, Turn, Windows
+from haloformer.model.targets import IGNORED_LABEL
 from haloformer.model.vocab_loss import token_loss
 
 

@@ -30,7 +30,8 @@ from haloformer.launcher.feeding import micro_batches
 from haloformer.launcher.runtime import init_distributed
 from haloformer.launcher.topology import Layout, build_topology, destroy_topology
 from haloformer.model.dropout_sites import DropoutStep
-from haloformer.model.longformer import IGNORED_LABEL, LongformerForMaskedLM
+from haloformer.model.longformer import LongformerForMaskedLM
+from haloformer.model.targets import IGNORED_LABEL
 
 VOCAB, SEQ_LEN, GLOBAL_BATCH, STEPS, MAX_GLOBALS = 61, 32, 4, 5, 3
 

@@ -173,6 +173,7 @@ def train(raw, vocab, messages, weigh):
             batch = batch_of(config, vocab, rng, topology.data_rank, data)
             targets = int((batch.labels != -100).sum()) * data
             messages.start(topology)
+            gc.collect()  # what a step leaves behind is gone sooner or later
             set_learning_rate(engine, 1e-4)
             engine.train()
             with torch.profiler.record_function(f"step {number}"):

@@ -77,6 +77,6 @@ def test_bytes_of_every_message_are_forecast(name, counted):
 @pytest.mark.parametrize("name", [n for n, (_, weigh) in (PAIRS | ALONE).items() if weigh])
 def test_memory_is_forecast_within_15_percent(name, counted):
     raw = (PAIRS | ALONE)[name][0]
-    forecast = memory(*numbers(raw, len(counted[name])), on_cpu=True).peak.total
+    forecast = memory(*numbers(raw, len(counted[name]))).peak.total
     for seen in counted[name]:
         assert forecast == pytest.approx(seen["peak"]["most"], rel=0.15)
