@@ -87,7 +87,7 @@ def bench_step(name: str, tokens: int | None) -> Callable[[int], float]:
     from haloformer.launcher.bench_step_worker import ours
 
     case = REAL[name]
-    return ours(case if tokens is None else replace(case, tokens=tokens))
+    return ours(case if tokens is None else replace(case, tokens=tokens), "cpu")
 
 
 def profile_step(step: Callable[[int], float], steps: int) -> list[Any]:

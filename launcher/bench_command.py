@@ -69,7 +69,7 @@ def _add_step(subjects: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     step.add_argument("--ranks", type=_numbers, default=(1, 2), help="of ours, with commas")
     step.add_argument("--steps", type=int, default=3, help="timed steps, after one that is not")
     step.add_argument(
-        "--recompute", choices=("none", "selective", "full"), help="of ours (default: led full)"
+        "--recompute", choices=("none", "selective", "full"), help="of ours (default none)"
     )
     step.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     step.add_argument(
