@@ -1,12 +1,16 @@
-"""How far a command has come through so many things, on stderr: its results may go to stdout."""
+"""Counts for a person; progress is on stderr, for the results of a command may go to stdout."""
 
 from __future__ import annotations
 
 import sys
-from types import TracebackType
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+
+def counted(number: int, thing: str) -> str:
+    """``1 rank``, ``2 ranks``."""
+    return f"{number} {thing}" if number == 1 else f"{number} {thing}s"
 
 
 class CountProgress:
@@ -32,12 +36,7 @@ class CountProgress:
             self._bar.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._bar is not None:
             self._bar.stop()
 

@@ -22,6 +22,7 @@ from haloformer.launcher import throughput
 from haloformer.launcher.artifacts import ArtifactFolder
 from haloformer.launcher.checkpoint import CheckpointStore
 from haloformer.launcher.commit import CheckpointError
+from haloformer.launcher.counting import counted
 from haloformer.launcher.engine import build_engine
 from haloformer.launcher.init_from import load_start
 from haloformer.launcher.phases import OpenPhase, open_phase
@@ -122,7 +123,7 @@ def train(run_dir: RunDir, stop: StopRequest, pulse: Pulse) -> None:
     # Its thread would end with the process as well; here it ends before the groups go down.
     with contextlib.closing(trainer), trainer.progress or contextlib.nullcontext():
         if trainer.progress is not None:
-            trainer.progress.say(f"{dist.get_world_size()} ranks are up, training")
+            trainer.progress.say(f"training on {counted(dist.get_world_size(), 'rank')}")
             if origin is not None:
                 trainer.progress.say(origin)
         trainer.run(step)

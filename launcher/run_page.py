@@ -25,6 +25,7 @@ import haloformer
 from haloformer.configs.schema import TrainConfig
 from haloformer.configs.sizes import num_parameters
 from haloformer.data_pipeline.index import ShardIndex
+from haloformer.launcher.counting import counted
 from haloformer.launcher.spool import Spool
 from haloformer.launcher.tracking import PARAM_LIMIT, flatten
 
@@ -124,8 +125,9 @@ def _summary(
             f"- data: {corpora} ({index.num_samples} {index.content}, {index.num_tokens} tokens "
             f"in the first), held out: `{data.eval}`; tokenizer: {index.tokenizer_kind}, "
             f"{index.vocab_size} tokens",
-            f"- layout: {num_ranks} ranks = data {data_ranks} x context {parallel.context} x "
-            f"tensor {parallel.tensor}, ZeRO-{parallel.zero_stage}, {parallel.precision}",
+            f"- layout: {counted(num_ranks, 'rank')} = data {data_ranks} x context "
+            f"{parallel.context} x tensor {parallel.tensor}, ZeRO-{parallel.zero_stage}, "
+            f"{parallel.precision}",
             f"- go on: `{again}`",
             f"- use it: `haloformer export {run} FOLDER`",
             "",

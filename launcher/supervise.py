@@ -19,6 +19,7 @@ from haloformer.configs.schema import TrainConfig
 from haloformer.launcher.attempt import Ending, StopSignals, run_attempt
 from haloformer.launcher.catalog import Catalog
 from haloformer.launcher.cluster import Answers, Cluster
+from haloformer.launcher.counting import counted
 from haloformer.launcher.hosts import Host, fill, num_slots
 from haloformer.launcher.known_runs import KnownRun
 from haloformer.launcher.launch import LaunchError
@@ -142,8 +143,8 @@ def supervise(job: Job, signals: StopSignals, say: Callable[[str], None]) -> End
         job = _next(job, answers.hosts, layout, step)
         say(
             f"going on {'from the start' if step is None else f'from step {step}'} with "
-            f"{layout.world_size} ranks (data {layout.data}, context {layout.context}, tensor "
-            f"{layout.tensor}); {TRIES - tries} tries without a newer checkpoint left"
+            f"{counted(layout.world_size, 'rank')} (data {layout.data}, context {layout.context}, "
+            f"tensor {layout.tensor}); {TRIES - tries} tries without a newer checkpoint left"
         )
 
 

@@ -20,6 +20,7 @@ from haloformer.launcher.attempt import StopSignals
 from haloformer.launcher.catalog import Catalog, check_disk
 from haloformer.launcher.cluster import Cluster
 from haloformer.launcher.clusters import add_cluster_options, cluster_of
+from haloformer.launcher.counting import counted
 from haloformer.launcher.hosts import Host, fill, num_slots
 from haloformer.launcher.known_runs import RUNS, KnownRun, start_run
 from haloformer.launcher.model_artifact import spool_model
@@ -146,8 +147,9 @@ def _announce(config: TrainConfig, vocab_size: int, job: Job) -> None:
     parallel = config.parallel
     print(
         f"{config.name}: {size / 1e6:.1f} M parameters, {length} tokens, "
-        f"{plan.world_size} ranks{where} (context {parallel.context}, tensor {parallel.tensor}), "
-        f"ZeRO-{parallel.zero_stage}, {parallel.precision}; run {plan.run_id} {start}",
+        f"{counted(plan.world_size, 'rank')}{where} (context {parallel.context}, "
+        f"tensor {parallel.tensor}), ZeRO-{parallel.zero_stage}, {parallel.precision}; "
+        f"run {plan.run_id} {start}",
         flush=True,
     )
 
@@ -155,6 +157,8 @@ def _announce(config: TrainConfig, vocab_size: int, job: Job) -> None:
 def _report(config: TrainConfig, job: Job, outcome: str) -> None:
     """Draw the curve, tell MLflow the rest, and say where everything is."""
     run_dir, known = job.run_dir, job.known
+    # It takes seconds, in which nothing else would be seen.
+    print("the ranks have ended; writing the loss curve and what MLflow keeps", flush=True)
     fault = write_curve(run_dir.read_metrics(), config.name, run_dir.curve_file)
     if fault is None:
         Spool(run_dir.path).add_artifact(run_dir.curve_file)

@@ -83,7 +83,7 @@ def test_a_run_stopped_killed_and_cut_off_has_the_losses_of_one_left_alone_on_on
         "with 2 ranks (data 1, context 2, tensor 1)",
         "supervisor: alpha did not answer",
         "supervisor: dropped alpha",
-        "with 1 ranks (data 1, context 1, tensor 1)",
+        "with 1 rank (data 1, context 1, tensor 1)",
     ):
         assert part in output, output
     assert "Traceback" not in output, "one line from each rank that only lost another"
