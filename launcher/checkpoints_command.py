@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from typing import Any
 
 from haloformer.configs.schema import TrackingConfig
-from haloformer.launcher import tracking
 from haloformer.launcher.catalog import Catalog
-from haloformer.launcher.known_runs import RUNS, KnownRun, find_runs
+from haloformer.launcher.known_runs import RUNS, find_run
 from haloformer.launcher.manifest import Manifest
 from haloformer.launcher.run_dir import RunDir
 
@@ -47,8 +45,7 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the command; returns 0, or 2 if a checkpoint is damaged."""
-    uri = tracking.tracking_uri(TrackingConfig(), os.environ.get("MLFLOW_TRACKING_URI"))
-    known = _find(uri, arguments.run, arguments.experiment)
+    known = find_run(arguments.run, arguments.experiment)
     run_id = known.run_id
     catalog = Catalog(known.artifacts(), run_id)
     if arguments.prune:
@@ -98,16 +95,6 @@ def _prune(catalog: Catalog, run_dir: RunDir) -> None:
         f"{catalog.run_id}",
         file=sys.stderr,
     )
-
-
-def _find(uri: str, wanted: str, experiment: str) -> KnownRun:
-    known = next(find_runs(wanted, TrackingConfig(experiment=experiment), uri), None)
-    if known is None:
-        raise tracking.TrackingError(
-            f"no run in experiment {experiment} at {uri}; train one first, or name another with "
-            "--experiment"
-        )
-    return known
 
 
 def _describe(manifest: Manifest, fault: str | None) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import time
 import uuid
 from collections.abc import Iterator
@@ -184,6 +185,26 @@ def find_runs(
             yield unknown.pop()
         yield by_id.get(run.info.run_id) or _of_mlflow(run, config, uri)
     yield from reversed(unknown)
+
+
+def find_run(wanted: str, experiment: str) -> KnownRun:
+    """The run that a command names, at the server that the environment names.
+
+    Args:
+        wanted: As for ``find_runs``.
+        experiment: Where ``latest`` is looked for.
+
+    Raises:
+        TrackingError: If there is none.
+    """
+    uri = tracking.tracking_uri(TrackingConfig(), os.environ.get("MLFLOW_TRACKING_URI"))
+    known = next(find_runs(wanted, TrackingConfig(experiment=experiment), uri), None)
+    if known is None:
+        raise tracking.TrackingError(
+            f"no run in experiment {experiment} at {uri}; train one first, or name another with "
+            "--experiment"
+        )
+    return known
 
 
 def _of_mlflow(run: Run, config: TrackingConfig, uri: str) -> KnownRun:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import shutil
 from pathlib import Path
 
@@ -11,7 +10,7 @@ from haloformer.configs.schema import TrackingConfig
 from haloformer.launcher import tracking
 from haloformer.launcher.artifacts import ArtifactFolder
 from haloformer.launcher.catalog import MANIFEST, Catalog, folder_of
-from haloformer.launcher.known_runs import RUNS, KnownRun, find_runs, read_known
+from haloformer.launcher.known_runs import RUNS, KnownRun, find_run, read_known
 from haloformer.launcher.model_artifact import FOLDER as MODEL_FOLDER
 from haloformer.launcher.sender import FAULTS, Sender
 from haloformer.launcher.spool import Spool
@@ -37,10 +36,8 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the command; returns 0."""
-    uri = tracking.tracking_uri(TrackingConfig(), os.environ.get("MLFLOW_TRACKING_URI"))
-    wanted = TrackingConfig(experiment=arguments.experiment)
-    known = next(find_runs(arguments.run, wanted, uri), None)
-    if known is None or read_known(RUNS / known.run_id) is None:
+    known = find_run(arguments.run, arguments.experiment)
+    if read_known(RUNS / known.run_id) is None:
         raise ValueError(
             f"run {arguments.run} has no folder in {RUNS.resolve()}; sync it where it was trained"
         )
