@@ -85,6 +85,21 @@ def fast_tokenizer(tokenizer: Tokenizer) -> Any:
     return engine
 
 
+def engine_of(folder: Path) -> Engine | None:
+    """What a folder's tokenizer.json holds, None if it has none.
+
+    Raises:
+        DataError: If it is not a tokenizer.
+    """
+    path = folder / TOKENIZER_JSON
+    if not path.is_file():
+        return None
+    try:
+        return Engine.from_file(str(path))
+    except Exception as error:  # the library raises nothing more special
+        raise DataError(f"not a tokenizer ({error})", file=path, remedy="copy it again") from error
+
+
 def tokenizer_sha256_of(folder: Path) -> str | None:
     """Which tokenizer a folder of transformers (or of ours) has; None if it has none that we read.
 

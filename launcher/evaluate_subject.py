@@ -10,16 +10,15 @@ from typing import Any
 
 from mlflow.entities import Metric
 from mlflow.exceptions import MlflowException
-from tokenizers import Tokenizer as Engine
 
 from haloformer.configs.schema import LedConfig, ModelConfig, TrainConfig
 from haloformer.data_pipeline.index import ShardIndex, load_index
 from haloformer.data_pipeline.reader import check_sizes
-from haloformer.data_pipeline.tokenizer_json import TOKENIZER_JSON, fast_tokenizer
+from haloformer.data_pipeline.tokenizer_json import TOKENIZER_JSON, engine_of, fast_tokenizer
 from haloformer.data_pipeline.tokenizers import load_bpe
 from haloformer.launcher import tracking
 from haloformer.launcher.evaluators import Evaluator, Scores
-from haloformer.launcher.load_model import Found, find_checkpoint, tokenizer_of
+from haloformer.launcher.load_model import Found, find_checkpoint, labels_of, tokenizer_of
 from haloformer.launcher.run_dir import Plan
 from haloformer.model.hf_config import led_config, longformer_config
 from haloformer.model.hf_folder import CONFIG, read_config
@@ -94,7 +93,7 @@ def open_subject(name: str, step: int | None, experiment: str, data: str) -> Sub
 
     Raises:
         ValueError: If there is no such model, or the data is missing, damaged, of another kind
-            than the model reads, or made with another tokenizer.
+            than the model reads, or made with another tokenizer or other labels.
     """
     if (Path(name) / CONFIG).is_file():
         return _open_folder(Path(name), step, data)
@@ -107,6 +106,8 @@ def open_subject(name: str, step: int | None, experiment: str, data: str) -> Sub
     run_id = found.known.run_id
     index = _open_data(config)
     index.check_tokenizer(tokenizer_of(found).sha256, f"run {run_id}")
+    if recipe.model.reads == "classification":
+        index.check_labels(labels_of(found), f"run {run_id}")
     return Subject(f"run {run_id}, step {found.manifest.step}", config, found=found)
 
 
@@ -192,12 +193,9 @@ def _check_vocabulary(folder: Path, raw: dict[str, Any], index: ShardIndex) -> N
 
 def _vocabulary(folder: Path) -> dict[str, int]:
     """Token -> id, of the tokenizer beside a model."""
-    path = folder / TOKENIZER_JSON
-    if path.is_file():
-        try:
-            vocabulary: dict[str, int] = Engine.from_file(str(path)).get_vocab()
-        except Exception as error:  # the library raises nothing more special
-            raise ValueError(f"{path}: not a tokenizer ({error}); copy it again") from error
+    engine = engine_of(folder)
+    if engine is not None:
+        vocabulary: dict[str, int] = engine.get_vocab()
         return vocabulary
     if (folder / "vocab.json").is_file():
         return {token: number for number, token in enumerate(load_bpe(folder).tokens)}

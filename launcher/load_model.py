@@ -148,7 +148,7 @@ def load_found(found: Found, data: Path | str | None = None) -> TrainedModel:
     tokenizer = tokenizer_of(found, data)
     special = tokenizer.specials
     tokens = TokenIds(bos=special.bos, pad=special.pad, eos=special.eos)
-    labels = _labels_of(found, data) if config.model.reads == "classification" else ()
+    labels = labels_of(found, data) if config.model.reads == "classification" else ()
     model = plain_from_config(config.model, tokenizer.vocab_size, tokens, labels)
     # It brings DeepSpeed along, seconds that an error above need not wait for.
     from haloformer.launcher.fragments import load_weights
@@ -197,8 +197,16 @@ def _kept_tokenizer(found: Found) -> Tokenizer | None:
         return load_tokenizer(Path(scratch))
 
 
-def _labels_of(found: Found, data: Path | str | None) -> tuple[str, ...]:
-    """The names of the classes that a run was trained on, kept as the tokenizer is."""
+def labels_of(found: Found, data: Path | str | None = None) -> tuple[str, ...]:
+    """The names of the classes that a run was trained on, kept as the tokenizer is.
+
+    Args:
+        found: A checkpoint of the run.
+        data: As for ``load_run``.
+
+    Raises:
+        ValueError: If neither the run nor its data has them.
+    """
     text = None
     if data is None:
         kept = RUNS / found.known.run_id / "documents" / LABELS

@@ -55,12 +55,17 @@ def example_of(content: str, number: int, length: int, rng: random.Random) -> An
 
 
 def write_examples(
-    folder: Path, content: str, lengths: list[int], shard_tokens: int = 400, seed: int = 2
+    folder: Path,
+    content: str,
+    lengths: list[int],
+    shard_tokens: int = 400,
+    seed: int = 2,
+    labels: tuple[str, ...] = LABELS,
 ) -> ShardIndex:
     """A data set with an example of every length."""
     folder.mkdir(parents=True)
     rng, tokenizer = random.Random(seed), ByteTokenizer()
-    labels = LABELS if content == "classification" else ()
+    labels = labels if content == "classification" else ()
     with DatasetWriter(folder, tokenizer, shard_tokens, content, labels) as writer:
         for number, length in enumerate(lengths):
             example = example_of(content, number, length, rng)

@@ -148,6 +148,13 @@ def test_question_answering_is_exported_as_it_computes(trained, tmp_path, monkey
     assert tokenizer.decode(ids[0, int(theirs.start_logits.argmax())]) == "X"
 
 
+def test_labels_in_another_order_are_refused(trained, tmp_path, monkeypatch, capsys):
+    write_examples(tmp_path / "other", "classification", [8, 9], labels=LABELS[::-1])
+    monkeypatch.chdir(trained("longformer_classifier")[0])
+    assert main(["evaluate", "latest", "--data", str(tmp_path / "other")]) == 2
+    assert "it has the labels good, bad, and run" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("kind", KINDS[2:])
 def test_what_transformers_has_no_model_for_is_said_not_failed(
     trained, kind, tmp_path, monkeypatch, capsys
