@@ -16,6 +16,7 @@ from haloformer.configs.schema import TrackingConfig
 from haloformer.launcher.attempt import StopSignals, run_attempt
 from haloformer.launcher.cluster import Cluster
 from haloformer.launcher.clusters import add_cluster_options, cluster_of
+from haloformer.launcher.counting import counted
 from haloformer.launcher.hosts import Host, fill
 from haloformer.launcher.known_runs import RUNS
 from haloformer.launcher.run_dir import SCORES, Plan, RunDir, write_json_atomically
@@ -103,7 +104,7 @@ def run(arguments: argparse.Namespace) -> int:
     cluster.check(used)
     parallel = config.parallel
     print(
-        f"{subject.name}: on {arguments.data} with {ranks} ranks (data "
+        f"{subject.name}: on {arguments.data} with {counted(ranks, 'rank')} (data "
         f"{ranks // (parallel.context * parallel.tensor)}, context {parallel.context}, tensor "
         f"{parallel.tensor})",
         flush=True,
@@ -152,20 +153,23 @@ def _start_ranks(
     # Beside the runs, because all hosts see that folder; the dot says that it is none of them.
     run_dir = RunDir(RUNS.resolve() / f".evaluate-{secrets.token_hex(8)}")
     run_dir.path.mkdir(parents=True)
-    with StopSignals("ending") as signals:
-        ending = run_attempt(cluster, run_dir, plan, used, signals)
-    if ending.code != 0:
-        print(f"haloformer: error: the evaluation {ending.describe()}", file=sys.stderr)
-        return ending.code, None
-    found = None
-    assert ending.state is not None
-    if ending.state[0] == "finished":
-        found = json.loads((run_dir.path / SCORES).read_text(encoding="utf-8"))
-    else:
+    # After a failure on several hosts it stays: ranks that were cut off read there that it is over.
+    stays = len(used) > 1
+    try:
+        with StopSignals("ending") as signals:
+            ending = run_attempt(cluster, run_dir, plan, used, signals)
+        if ending.code != 0:
+            print(f"haloformer: error: the evaluation {ending.describe()}", file=sys.stderr)
+            return ending.code, None
+        stays = False
+        assert ending.state is not None
+        if ending.state[0] == "finished":
+            return 0, json.loads((run_dir.path / SCORES).read_text(encoding="utf-8"))
         print("haloformer: stopped; nothing was scored", file=sys.stderr)
-    # After a failure it stays: ranks on a host that was cut off read there that it is over.
-    shutil.rmtree(run_dir.path)
-    return (0 if found is not None else 130), found
+        return 130, None
+    finally:
+        if not stays:
+            shutil.rmtree(run_dir.path)
 
 
 def table(scores: dict[str, dict[str, float]], decimals: int) -> str:

@@ -30,8 +30,8 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         help="summarise documents with a trained LED",
         description="Write an answer to every document of a file: a document per line, or in a "
         ".jsonl file an object per line with the document under 'source' or 'text'. <s> is the "
-        "global token. Answers come in the order of the documents, a line each, and are written "
-        "as they are found; Ctrl-C keeps what is done.",
+        "global token, unless the run was trained without. Answers come in the order of the "
+        "documents, a line each, and are written as they are found; Ctrl-C keeps what is done.",
         epilog="example: haloformer generate latest --input reports.jsonl --output short.jsonl "
         "--beams 4 --max-length 256 --no-repeat-ngram-size 3",
     )

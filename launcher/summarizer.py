@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer as Engine
 
-from haloformer.data_pipeline.tokenizer_json import TOKENIZER_JSON
+from haloformer.data_pipeline.tokenizer_json import TOKENIZER_JSON, engine_of
 from haloformer.data_pipeline.tokenizers import Tokenizer, load_bpe
 from haloformer.launcher.load_model import load_run
 from haloformer.model.convert import load_pretrained
@@ -30,12 +29,14 @@ class Summarizer:
         encode: Text -> ids with <s> before and </s> after.
         decode: Ids without special tokens -> text.
         name: Of the run or folder, for messages.
+        has_globals: Whether <s> of a source is a global token.
     """
 
     model: PlainLed
     encode: Encode
     decode: Decode
     name: str
+    has_globals: bool
 
     @property
     def source_limit(self) -> int:
@@ -54,7 +55,7 @@ class Summarizer:
         return ids if len(ids) <= self.source_limit else [*ids[: self.source_limit - 1], ids[-1]]
 
     def answer(self, sources: Sequence[list[int]], settings: SearchSettings) -> list[str]:
-        """Answer a batch of sources, with <s> as their global token.
+        """Answer a batch of sources.
 
         Args:
             sources: From ``encode``, at most ``source_limit`` ids each.
@@ -70,7 +71,7 @@ class Summarizer:
         found = self.model.generate(
             input_ids,
             places < lengths[:, None],
-            (places == 0).expand_as(input_ids),
+            ((places == 0) & self.has_globals).expand_as(input_ids),
             max_length=settings.max_length,
             min_length=settings.min_length,
             num_beams=settings.num_beams,
@@ -96,6 +97,7 @@ def open_summarizer(
     Raises:
         ValueError: If there is none, it cannot be loaded, or it is no LED.
     """
+    has_globals = True  # of a folder, as transformers' LEDs were trained; config.json does not say
     if (Path(name) / "config.json").is_file():
         model = load_pretrained(name)
         assert isinstance(model, PlainModel)
@@ -106,11 +108,12 @@ def open_summarizer(
         trained = load_run(name, step, experiment=experiment, data=data)
         model, name = trained.model, f"run {trained.run_id}, step {trained.step}"
         encode, decode = _own(trained.tokenizer)
+        has_globals = trained.config.data.global_tokens == "first"
     if not isinstance(model, PlainLed):
         kind = type(model).__name__.removeprefix("Plain")
         raise ValueError(f"{name}: holds a {kind}, which writes no text; name an LED")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return Summarizer(model.to(device), encode, decode, name)
+    return Summarizer(model.to(device), encode, decode, name, has_globals)
 
 
 def _own(tokenizer: Tokenizer) -> tuple[Encode, Decode]:
@@ -120,19 +123,16 @@ def _own(tokenizer: Tokenizer) -> tuple[Encode, Decode]:
 
 def _tokenizer_of_folder(folder: Path, model: PlainModel) -> tuple[Encode, Decode]:
     """tokenizer.json, or the older vocab.json and merges.txt."""
-    path = folder / TOKENIZER_JSON
-    if not path.is_file():
+    engine = engine_of(folder)
+    if engine is None:
         if (folder / "vocab.json").is_file():
             return _own(load_bpe(folder))
         raise ValueError(f"{folder}: no {TOKENIZER_JSON}; copy the tokenizer of the model there")
-    try:
-        engine = Engine.from_file(str(path))
-    except Exception as error:  # the library raises nothing more special
-        raise ValueError(f"{path}: not a tokenizer ({error}); copy it again") from error
     known = model.raw_config["vocab_size"]
     if engine.get_vocab_size() > known:
         raise ValueError(
-            f"{path}: has {engine.get_vocab_size()} tokens, the model {known}; it is another's"
+            f"{folder / TOKENIZER_JSON}: has {engine.get_vocab_size()} tokens, the model {known}; "
+            "it is another's"
         )
     # Both may be on from the tokenizer's training, with the length of another model.
     engine.no_truncation()

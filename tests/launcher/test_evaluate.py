@@ -4,8 +4,10 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
+from pathlib import Path
 
 import psutil
 import pytest
@@ -14,6 +16,7 @@ import launcher_runs
 from dist import run_ranks
 from evaluation_ranks import Case, export, plain_answers, stopped, walk, write
 from haloformer.configs.schema import TrainConfig
+from haloformer.data_pipeline.index import load_index, load_table
 from haloformer.data_pipeline.shards import DatasetWriter
 from haloformer.data_pipeline.tokenizers import ByteTokenizer
 from haloformer.launcher.evaluate_char_lm import CharLmEvaluator
@@ -21,6 +24,8 @@ from haloformer.launcher.evaluate_command import table
 from haloformer.launcher.evaluate_led import LedEvaluator
 from haloformer.launcher.evaluate_mlm import MaskedLmEvaluator
 from haloformer.launcher.evaluate_subject import open_subject, with_mesh
+from haloformer.launcher.manifest import Manifest
+from haloformer.launcher.summarizer import open_summarizer
 from launcher_runs import TINY, haloformer
 from task_layouts import NUM_PAIRS, write_data
 
@@ -125,6 +130,25 @@ def test_a_checkpoint_is_evaluated_with_the_windows_of_the_phase_that_made_it(
     assert subject.config.model.attention_window == [4, 20] and not subject.config.phases
 
 
+@pytest.mark.parametrize("chosen", ["first", "none"])
+def test_an_led_answers_with_the_global_token_it_was_trained_with(
+    folder, losses, tmp_path, monkeypatch, chosen
+):
+    (tmp_path / "runs").symlink_to(folder / "runs")  # beside no data of the run's name
+    monkeypatch.chdir(tmp_path)
+    (path,) = (folder / "runs" / "led" / "artifacts").rglob("manifest.json")
+    text = path.read_text()
+    manifest = Manifest.from_text(text)
+    data = {**manifest.config["data"], "global_tokens": chosen}
+    config = {**manifest.config, "data": data}
+    path.write_text(manifest.model_copy(update={"config": config}).to_text())
+    try:
+        summarizer = open_summarizer("led", None, None, None)
+    finally:
+        path.write_text(text)
+    assert summarizer.has_globals == (chosen == "first")
+
+
 def test_the_command_scores_a_transformers_folder_on_two_ranks(folder, losses):
     (alone,) = run_ranks(1, export, str(folder))
     # The recipe's sequences have 47 tokens, the model reads 48: other cuts, other masks.
@@ -140,6 +164,18 @@ def test_the_command_scores_a_transformers_folder_on_two_ranks(folder, losses):
     assert record["scores"]["model"] == pytest.approx(alone["scores"]["model"], rel=1e-6)
     for value in record["scores"]["model"].values():
         assert f"{value:.4f}" in done.stdout
+    assert not list((folder / "runs").glob(".evaluate-*"))
+
+
+def test_a_failed_evaluation_leaves_nothing(folder, losses):
+    shutil.copytree(folder / "char_lm", folder / "damaged")
+    index = load_index(folder / "damaged")
+    path = Path(index.store.place(index.shards[0].name))
+    raw = bytearray(path.read_bytes())
+    raw[load_table(index, 0)["offset"][0]] ^= 1
+    path.write_bytes(raw)
+    done = haloformer(folder, ["evaluate", "char-lm", "--data", "damaged", "--ranks", "1"])
+    assert done.returncode == 2 and "the evaluation failed" in done.stderr, done.stderr
     assert not list((folder / "runs").glob(".evaluate-*"))
 
 

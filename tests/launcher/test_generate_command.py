@@ -1,5 +1,6 @@
 """`haloformer generate` writes what transformers would, document for document, as it goes."""
 
+import dataclasses
 import json
 import signal
 import subprocess
@@ -15,6 +16,8 @@ import hf_peers
 from haloformer.data_pipeline.tokenizer_json import write_for_transformers
 from haloformer.data_pipeline.tokenizers import ByteTokenizer
 from haloformer.launcher.cli import main
+from haloformer.launcher.summarizer import open_summarizer
+from haloformer.model.generate import SearchSettings
 
 SIZES = {**hf_peers.LED, "vocab_size": ByteTokenizer.vocab_size}
 DOCUMENTS = ["Long reports make short summaries.", "", "Zwei Größen: n und w.", "a b a b a b a b"]
@@ -31,13 +34,13 @@ def led(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def expected(folder: Path, document: str, **options) -> str:
-    """What transformers writes, <s> global."""
+def expected(folder: Path, document: str, num_globals: int = 1, **options) -> str:
+    """What transformers writes, <s> global or nothing."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     model = transformers.LEDForConditionalGeneration.from_pretrained(folder).eval()
     ids = tokenizer(document, return_tensors="pt")["input_ids"]
     chosen = torch.zeros_like(ids)
-    chosen[:, 0] = 1
+    chosen[:, :num_globals] = 1
     found = model.generate(ids, global_attention_mask=chosen, do_sample=False, **options)
     return tokenizer.decode(found[0], skip_special_tokens=True)
 
@@ -60,6 +63,16 @@ def test_greedy_and_beams_write_what_transformers_writes(batch, led, tmp_path):
             wanted = expected(led, document, max_length=20, **call) if document else ""
             assert answer["output"] == wanted
         assert len({answer["output"] for answer in found}) == 4
+
+
+def test_a_model_without_global_tokens_gets_none(led):
+    with_globals = open_summarizer(str(led), None, None, None)
+    summarizer = dataclasses.replace(with_globals, has_globals=False)
+    settings = SearchSettings(max_length=20, no_repeat_ngram_size=2)
+    call = {"max_length": 20, "no_repeat_ngram_size": 2}
+    ids = [summarizer.encode(DOCUMENTS[0])]
+    assert summarizer.answer(ids, settings) == [expected(led, DOCUMENTS[0], 0, **call)]
+    assert summarizer.answer(ids, settings) != with_globals.answer(ids, settings)
 
 
 def test_text_has_a_line_per_line_and_jsonl_a_line_per_object(led, tmp_path, capsys):
