@@ -14,7 +14,10 @@ from plan_recipes import VOCAB, recipe
 @pytest.fixture
 def path(tmp_path):
     raw = recipe(context=2, batch=8, precision="bf16")
-    raw["phases"] = [{"steps": 3, "seq_len": 128}, {"steps": 5, "learning_rate": 5e-5}]
+    raw["phases"] = [
+        {"name": "sequences-of-128", "steps": 3, "seq_len": 128},
+        {"steps": 5, "learning_rate": 5e-5},
+    ]
     del raw["steps"]
     file = tmp_path / "small.yaml"
     file.write_text(yaml.safe_dump(raw))
@@ -27,6 +30,7 @@ def test_a_plan_has_every_phase_and_marks_the_recipes_layout(path, tmp_path, cap
     assert main([*words, "--json", str(out)]) == 0
     printed = capsys.readouterr().out
     assert "model, not measured" in printed and "rows 0-127 <-> [1] rows 128-255" in printed
+    assert "\nsequences-of-128 " in printed
     report = json.loads(out.read_text())
     assert [(p["steps"], p["seq_len"]) for p in report["phases"]] == [(3, 128), (5, 256)]
     assert sum(one["is_recipe"] for one in report["layouts"]) == 1
