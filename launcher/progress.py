@@ -6,6 +6,7 @@ import sys
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Column
 
 
 class StepProgress:
@@ -24,10 +25,12 @@ class StepProgress:
             self._bar = Progress(
                 TextColumn("step"),
                 MofNCompleteColumn(),
-                BarColumn(),
-                TextColumn("{task.fields[status]}"),
+                BarColumn(bar_width=10),
+                # Where the terminal is narrow this is cut, not the number of the step.
+                TextColumn("{task.fields[status]}", table_column=Column(ratio=1, no_wrap=True)),
                 TimeRemainingColumn(),
                 console=Console(),
+                expand=True,
             )
             self._task = self._bar.add_task("step", total=total, completed=done, status="starting")
 

@@ -1,5 +1,9 @@
 """What a step's line says, in a pipe."""
 
+import os
+import pty
+import select
+
 import pytest
 
 from haloformer.launcher.progress import StepProgress
@@ -24,3 +28,19 @@ def test_a_step_is_one_line_that_says_what_was_cut_or_skipped(more, line, capsys
         assert capsys.readouterr().out == ""
         progress.step(10, {**VALUES, **more})
     assert line in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("columns", [50, 80])
+def test_a_narrow_terminal_shows_the_step_and_the_loss(columns, monkeypatch) -> None:
+    ours, theirs = pty.openpty()
+    monkeypatch.setenv("COLUMNS", str(columns))
+    monkeypatch.setenv("TERM", "xterm")
+    shown = b""
+    with os.fdopen(theirs, "w") as terminal:
+        monkeypatch.setattr("sys.stdout", terminal)
+        with StepProgress(150, 30, every=1) as progress:
+            progress.step(31, VALUES)
+        while select.select([ours], [], [], 0.5)[0]:
+            shown += os.read(ours, 1 << 16)
+    os.close(ours)
+    assert b"31/150" in shown and b"loss 6.5" in shown
