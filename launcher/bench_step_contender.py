@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import select
+import selectors
 import subprocess
 import sys
 import time
@@ -144,18 +144,22 @@ class Contender:
         """One line from each process; the first that fails ends the wait."""
         deadline = time.monotonic() + self._setup.seconds
         found: dict[int, dict[str, Any]] = {}
-        while len(found) < len(self._processes):
-            waiting = [n for n in range(len(self._processes)) if n not in found]
-            pipes: dict[Any, int] = {self._processes[n].stdout: n for n in waiting}
-            for pipe in select.select(list(pipes), [], [], _POLL_S)[0]:
-                # Never more than one line is under way, so none is left in the buffer.
-                line = pipe.readline()
-                if not line:
-                    self._tell_failure(pipes[pipe])
-                found[pipes[pipe]] = json.loads(line)
-            if time.monotonic() > deadline:
-                role, seconds = self._setup.role, self._setup.seconds
-                raise StepBenchError(f"{role}: not done after {seconds:.0f} s")
+        with selectors.DefaultSelector() as pipes:
+            for rank, process in enumerate(self._processes):
+                assert process.stdout is not None
+                pipes.register(process.stdout, selectors.EVENT_READ, (rank, process.stdout))
+            while len(found) < len(self._processes):
+                for key, _ in pipes.select(_POLL_S):
+                    rank, pipe = key.data
+                    # Never more than one line is under way, so none is left in the buffer.
+                    line = pipe.readline()
+                    if not line:
+                        self._tell_failure(rank)
+                    found[rank] = json.loads(line)
+                    pipes.unregister(pipe)
+                if time.monotonic() > deadline:
+                    role, seconds = self._setup.role, self._setup.seconds
+                    raise StepBenchError(f"{role}: not done after {seconds:.0f} s")
         return [found[rank] for rank in range(len(found))]
 
     def _tell_failure(self, rank: int) -> None:

@@ -111,6 +111,8 @@ def test_ctrl_c_keeps_what_is_done(led, tmp_path):
         [sys.executable, "-m", "haloformer.launcher.cli", *command],
         stderr=subprocess.PIPE,
         text=True,
+        # A shell that runs the tests in the background has them ignore the signal.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     deadline = time.monotonic() + 60
     while not (output.exists() and output.stat().st_size):

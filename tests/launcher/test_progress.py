@@ -2,7 +2,7 @@
 
 import os
 import pty
-import select
+import selectors
 
 import pytest
 
@@ -40,7 +40,9 @@ def test_a_narrow_terminal_shows_the_step_and_the_loss(columns, monkeypatch) -> 
         monkeypatch.setattr("sys.stdout", terminal)
         with StepProgress(150, 30, every=1) as progress:
             progress.step(31, VALUES)
-        while select.select([ours], [], [], 0.5)[0]:
-            shown += os.read(ours, 1 << 16)
+        with selectors.DefaultSelector() as waiting:
+            waiting.register(ours, selectors.EVENT_READ)
+            while waiting.select(0.5):
+                shown += os.read(ours, 1 << 16)
     os.close(ours)
     assert b"31/150" in shown and b"loss 6.5" in shown
