@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 from haloformer.data_pipeline.documents import Asked, read_asked
-from haloformer.launcher.counting import CountProgress
+from haloformer.launcher.counting import CountProgress, counted
 from haloformer.launcher.export_command import add_run_options
 
 if TYPE_CHECKING:
@@ -86,7 +86,8 @@ def run(arguments: argparse.Namespace) -> int:
         return 130
     seconds = time.perf_counter() - start
     place = "" if arguments.output is None else f" -> {arguments.output}"
-    print(f"{summarizer.name}: {done} documents in {seconds:.1f} s{place}", file=sys.stderr)
+    answered = counted(done, "document")
+    print(f"{summarizer.name}: {answered} in {seconds:.1f} s{place}", file=sys.stderr)
     return 0
 
 
