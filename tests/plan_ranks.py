@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import gc
 import os
+import time
 from collections import Counter
 from contextlib import contextmanager, nullcontext
 
@@ -73,7 +74,7 @@ class Messages:
                 tensor = args[place] if place < len(args) else kwargs[keyword]
                 groups = [a for a in args if isinstance(a, dist.ProcessGroup)]
                 self.count(kwargs.get("group", groups[0] if groups else None), name, tensor)
-                return saved[name](*args, **kwargs)
+                return _blocking(saved[name], args, kwargs)
 
             return counted
 
@@ -93,6 +94,22 @@ class Messages:
                 setattr(dist, name, call)
 
 
+def _blocking(call, args, kwargs, timeout=10.0):
+    """A collective, and the moment after it until gloo's thread has let go of its tensors too.
+
+    That thread may drop its references after a blocking call returned. If they are the last ones,
+    memory is freed where the profiler, which sees one thread, does not see it, and counts as held.
+    """
+    tensors = [arg for arg in (*args, *kwargs.values()) if torch.is_tensor(arg)]
+    holds = [(tensor, tensor._use_count()) for tensor in tensors]
+    work = call(*args, **kwargs)
+    deadline = time.monotonic() + timeout
+    while work is None and any(tensor._use_count() > before for tensor, before in holds):
+        assert time.monotonic() < deadline, "gloo never let go of a tensor"
+        os.sched_yield()
+    return work
+
+
 def allocations(profile):
     """(time in ns, bytes) of all that torch's CPU allocator gave and took back, in order."""
     found, held = [], {}
@@ -108,12 +125,12 @@ def allocations(profile):
     for root in profile.profiler.kineto_results.experimental_event_tree():
         visit(root)
     changes = []
-    for time, size, place in sorted(found):
+    for moment, size, place in sorted(found):
         if size > 0:
             held[place] = size
         elif held.pop(place, None) is None:
             continue  # given before the profile began
-        changes.append((time, size))
+        changes.append((moment, size))
     return changes
 
 
@@ -195,11 +212,11 @@ def _peak(profile):
     start = next(e.start_ns() for e in events if e.name() == f"step {STEPS - 1}")
     end = next(e.end_ns() for e in events if e.name() == f"step {STEPS - 1}")
     held = before = most = 0
-    for time, size in allocations(profile):
+    for moment, size in allocations(profile):
         held += size
-        if time < start:
+        if moment < start:
             before = most = held
-        elif time <= end:
+        elif moment <= end:
             most = max(most, held)
     return {"before": before, "most": most}
 
