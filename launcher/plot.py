@@ -44,5 +44,9 @@ def write_curve(records: list[dict[str, Any]], title: str, path: Path) -> str | 
     axes.set_title(title)
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(path, dpi=120)
+    try:
+        figure.savefig(path, dpi=120)
+    except OSError as error:
+        path.unlink(missing_ok=True)  # half of a picture
+        return f"not written: {error.strerror}"
     return None

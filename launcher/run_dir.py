@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 from haloformer.configs.load import parse_config
 from haloformer.configs.schema import TrainConfig
+from haloformer.launcher.journal import Journal, records_of
 
 State = Literal["running", "finished", "stopped"]
 
@@ -87,6 +88,7 @@ class RunDir:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._metrics = Journal(self.metrics_file)
 
     def create(self) -> None:
         """Make the folder, and forget the ranks and the end of an earlier start."""
@@ -188,13 +190,7 @@ class RunDir:
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """All step records, oldest first; a line cut short by a crash is left out."""
-        if not self.metrics_file.exists():
-            return []
-        records = []
-        for line in self.metrics_file.read_text(encoding="utf-8").splitlines(keepends=True):
-            if line.endswith("\n"):
-                records.append(json.loads(line))
-        return records
+        return records_of(self.metrics_file)
 
     def cut_metrics(self, step: int) -> None:
         """Drop the records after a step: what follows is about to be trained again."""
@@ -203,9 +199,12 @@ class RunDir:
         write_atomically(self.metrics_file, text)
 
     def append_metrics(self, record: dict[str, Any]) -> None:
-        """Add the record of one step."""
-        with self.metrics_file.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+        """Add the record of one step, now or as soon as the disk takes it."""
+        self._metrics.add(record)
+
+    def flush_metrics(self) -> None:
+        """Try once more to write the records that a full disk refused."""
+        self._metrics.flush()
 
 
 def write_json_atomically(path: Path, value: Any) -> None:

@@ -13,13 +13,13 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import json
 import os
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
+
+from haloformer.launcher.journal import Journal, parse_line, records_of
 
 _OFFSET_DIGITS = 20
 
@@ -51,7 +51,7 @@ class Spool:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._file, self._sent = folder / "spool.jsonl", folder / "spool.sent"
-        self._adding = threading.Lock()
+        self._journal = Journal(self._file)
 
     def add_metrics(self, step: int, values: dict[str, float], phase: int | None = None) -> None:
         """Metrics of one step, of a phase if the run has several."""
@@ -80,7 +80,7 @@ class Spool:
     def phase_states(self) -> dict[int, Status]:
         """What was told of the phases that have begun: when the run ends, those that go on do."""
         states: dict[int, Status] = {}
-        for content in self._all():
+        for content in records_of(self._file):
             phase, status = content.get("phase"), content.get("status")
             if phase is not None and "name" in content:
                 states[phase] = "RUNNING"
@@ -99,7 +99,7 @@ class Spool:
                 file.seek(offset)
                 while len(records) < limit and (line := file.readline()).endswith(b"\n"):
                     offset += len(line)
-                    content = _parse(line)
+                    content = parse_line(line)
                     if content is not None:
                         records.append(Record(content, offset))
         except FileNotFoundError:
@@ -117,7 +117,7 @@ class Spool:
     def metrics_after(self, step: int) -> dict[int, dict[str, float]]:
         """Metrics of later steps by step, sent or not: what a run that goes on has told before."""
         told: dict[int, dict[str, float]] = {}
-        for content in self._all():
+        for content in records_of(self._file):
             if content.get("step", step) > step:
                 told.setdefault(content["step"], {}).update(content["metrics"])
         return told
@@ -136,24 +136,9 @@ class Spool:
         finally:
             os.close(descriptor)
 
-    def _all(self) -> Iterator[dict[str, Any]]:
-        """Every record, sent or not."""
-        if self._file.exists():
-            with self._file.open("rb") as file:
-                yield from filter(None, map(_parse, file))
-
     def _add(self, content: dict[str, Any], phase: int | None = None) -> None:
         of_phase = {} if phase is None else {"phase": phase}
-        line = json.dumps({"time": int(time.time() * 1000), **of_phase, **content}) + "\n"
-        with self._adding:
-            descriptor = os.open(self._file, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
-            try:
-                size = os.fstat(descriptor).st_size
-                # A process that died in the middle of a line left no end to it.
-                cut = size > 0 and os.pread(descriptor, 1, size - 1) != b"\n"
-                os.write(descriptor, (b"\n" if cut else b"") + line.encode())
-            finally:
-                os.close(descriptor)
+        self._journal.add({"time": int(time.time() * 1000), **of_phase, **content})
 
     def _offset(self) -> int:
         try:
@@ -161,12 +146,3 @@ class Spool:
         except FileNotFoundError:
             return 0
         return int(text) if len(text) == _OFFSET_DIGITS and text.isdigit() else 0
-
-
-def _parse(line: bytes) -> dict[str, Any] | None:
-    """A record, None for a line that a crash cut short."""
-    try:
-        content = json.loads(line)
-    except ValueError:
-        return None
-    return content if isinstance(content, dict) else None

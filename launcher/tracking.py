@@ -60,9 +60,10 @@ def connect(uri: str) -> MlflowClient:
         # inherit it.
         MLFLOW_HTTP_REQUEST_MAX_RETRIES.set(1)
     MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT.set(True)  # the report of a run has it
-    # At first use MLflow narrates how it creates its tables.
-    for name in ("mlflow.store.db.utils", "alembic"):
-        logging.getLogger(name).setLevel(logging.WARNING)
+    # At first use MLflow narrates how it creates its tables. What a database refuses it prints as
+    # a hundred lines of traceback, and raises as well: we say it in one.
+    logging.getLogger("alembic").setLevel(logging.WARNING)
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
     is_server = uri.startswith(("http://", "https://"))
     try:
         if is_server:
