@@ -46,6 +46,8 @@ def cluster_of(
         ValueError: If the options do not fit together, or the hostfile is no hostfile.
     """
     ranks, port, address = arguments.ranks, arguments.master_port, arguments.master_addr
+    if port is not None and not 0 < port < 1 << 16:
+        raise HostsError(f"--master-port {port}: give a port from 1 to {(1 << 16) - 1}")
     if arguments.launcher == "slurm":
         if arguments.hostfile is not None:
             raise HostsError("--launcher slurm takes its hosts from SLURM; remove --hostfile")

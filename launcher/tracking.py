@@ -17,6 +17,9 @@ from mlflow.environment_variables import (
     MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT,
 )
 from mlflow.exceptions import MlflowException
+from sqlalchemy.exc import (
+    SQLAlchemyError,
+)  # MLflow lets it through when a database cannot be opened
 
 from haloformer.configs.schema import TrackingConfig
 from haloformer.launcher.artifacts import may_pass
@@ -70,9 +73,15 @@ def connect(uri: str) -> MlflowClient:
             _knock(uri)
         client = MlflowClient(tracking_uri=uri)
         client.search_experiments(max_results=1)
-    except (MlflowException, OSError) as error:
+    # MLflow lets the second one through when a database cannot be opened.
+    except (MlflowException, SQLAlchemyError, OSError) as error:
         reason = " ".join(str(error).split())[:200]
-        kind = TrackingAwayError if is_server and may_pass(error) else TrackingError
+        if not is_server:
+            raise TrackingError(
+                f"tracking store {uri} cannot be used ({reason}); go to a folder that can be "
+                "written, or set tracking.uri"
+            ) from error
+        kind = TrackingAwayError if may_pass(error) else TrackingError
         raise kind(
             f"tracking server {uri} does not answer ({reason}); start it, or unset tracking.uri "
             "and MLFLOW_TRACKING_URI to use a database in this folder"

@@ -62,7 +62,8 @@ def recipe_without(project: Path, section: str, key: str) -> None:
         ),
         (["batch.global_batch=3", "batch.micro_batch=2"], "batch.global_batch 3 is not a multiple"),
         (["data.train=nowhere"], "nowhere"),
-        (["tracking.uri=sqlite:////proc/none/db"], "does not answer"),
+        (["tracking.uri=sqlite:////proc/none/db"], "/proc/none/db cannot be used"),
+        (["tracking.uri=sqlite:////proc"], "unable to open database file"),
     ],
 )
 def test_a_fault_of_the_recipe_is_named(project: Path, refused, overrides, named: str) -> None:
@@ -81,6 +82,11 @@ def test_a_taken_port_is_named(project: Path, refused) -> None:
         port = str(server.getsockname()[1])
         error = refused("train", "tiny.yaml", "--master-port", port)
     assert f"--master-port {port}: Address already in use" in error
+
+
+@pytest.mark.parametrize("port", ["0", "-1", "65536"])
+def test_a_port_that_is_none_is_refused_with_the_limit(project: Path, refused, port) -> None:
+    assert "a port from 1 to 65535" in refused("train", "tiny.yaml", f"--master-port={port}")
 
 
 def test_checkpoints_that_do_not_fit_the_disk_are_refused_before_training(
