@@ -7,6 +7,7 @@ artifacts/checkpoints/step-00000060/manifest.json
 from __future__ import annotations
 
 import logging
+import os
 import re
 import shutil
 import tempfile
@@ -160,7 +161,7 @@ def check_disk(
         keep_last: Checkpoints that stay, beside the one that is being written.
 
     Raises:
-        ValueError: Saying what is needed and what is there.
+        ValueError: Saying what is needed and what is there, or which folder cannot be written.
     """
     one = required_bytes(num_parameters)
     parsed = urlparse(artifact_location)
@@ -168,8 +169,14 @@ def check_disk(
         place, copies = Path(unquote(parsed.path)).absolute(), keep_last + 1
     else:
         place, copies = staging.absolute(), 1
-    existing = next(folder for folder in (place, *place.parents) if folder.exists())
-    free = shutil.disk_usage(existing).free
+    for folder in (place, staging.absolute()):
+        existing = _existing(folder)
+        if not os.access(existing, os.W_OK):
+            raise ValueError(
+                f"{folder}: {existing} cannot be written; go to a folder of yours for the run, and "
+                "set tracking.artifacts to another one for its checkpoints"
+            )
+    free = shutil.disk_usage(_existing(place)).free
     if free < copies * one:
         raise ValueError(
             f"not enough disk for checkpoints in {place}: {copies} of "
@@ -178,3 +185,8 @@ def check_disk(
             f"{free / 2**30:.2f} GiB are free; free some, lower checkpoint.keep_last, or set "
             "tracking.artifacts to a larger disk"
         )
+
+
+def _existing(folder: Path) -> Path:
+    """The folder, or the one in which it would be made."""
+    return next(path for path in (folder, *folder.parents) if path.exists())

@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -223,6 +224,21 @@ def test_too_little_disk_is_said_with_numbers(tmp_path):
     # A server's disk is not ours to measure, but the staging folder is.
     with pytest.raises(ValueError, match=f"checkpoints in {tmp_path}: 1 of"):
         check_disk("mlflow-artifacts:/1", tmp_path, num_parameters=10**15, keep_last=2)
+
+
+@pytest.mark.root
+def test_a_folder_that_cannot_be_written_is_named(tmp_path):
+    fixed = tmp_path / "fixed"
+    fixed.mkdir()
+    words = ["mount", "-t", "tmpfs", "-o", "ro", "tmpfs", str(fixed)]
+    if subprocess.run(words, capture_output=True).returncode != 0:
+        pytest.skip("needs root, to mount a filesystem that cannot be written")
+    try:
+        for location, staging in ((fixed, tmp_path), (tmp_path, fixed / "runs")):
+            with pytest.raises(ValueError, match=f"{fixed} cannot be written; go to a folder"):
+                check_disk(str(location), staging, num_parameters=1000)
+    finally:
+        subprocess.run(["umount", str(fixed)], check=True)
 
 
 def test_required_bytes_bounds_the_real_size(walked):
