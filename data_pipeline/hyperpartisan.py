@@ -19,7 +19,7 @@ from xml.parsers import expat
 from haloformer.data_pipeline.annotated import Annotated
 from haloformer.data_pipeline.errors import DataError
 from haloformer.data_pipeline.records import Found
-from haloformer.data_pipeline.source_files import InputFile
+from haloformer.data_pipeline.source_files import InputFile, decompressed
 
 LABELS = ("false", "true")
 _CHUNK = 1 << 16
@@ -78,7 +78,7 @@ def _read_truth(path: Path) -> dict[str, bool]:
             truth[attributes["id"]] = value == "true"
 
     parser = _parser(path, start)
-    with path.open("rb") as stream:
+    with path.open("rb") as raw, decompressed(raw, path) as stream:
         for _ in _parse(stream, parser, path):
             pass
     return truth

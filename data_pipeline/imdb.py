@@ -19,7 +19,8 @@ from haloformer.data_pipeline.source_files import FileRule, InputFile, read_text
 
 _NAME = re.compile(r"([0-9]+)_([0-9]+)\.txt")
 _UNLABELLED = "unsup"
-_BREAK = re.compile(r"\s*<br\s*/?>\s*")
+# Only from the first of several blanks on: tried from each, a long run would take its square.
+_BREAK = re.compile(r"(?:(?<!\s)\s+)?<br\s*/?>\s*")
 
 
 def _is_review(below: Path) -> bool:

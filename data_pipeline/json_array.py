@@ -99,9 +99,9 @@ class JsonArray:
         while True:
             try:
                 value, end = self._decoder.raw_decode(self._text, self._at)
-            except (json.JSONDecodeError, RecursionError) as fault:
+            except (ValueError, RecursionError) as fault:  # ValueError: a number of 5,000 digits
                 # It may only be that its end was not read yet.
-                if isinstance(fault, RecursionError) or not self._grow():
+                if not isinstance(fault, json.JSONDecodeError) or not self._grow():
                     what = fault.msg if isinstance(fault, json.JSONDecodeError) else str(fault)
                     raise self._fault(f"not JSON ({what})") from fault
             else:

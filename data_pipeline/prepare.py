@@ -29,7 +29,7 @@ from haloformer.data_pipeline.index import ShardIndex, load_index
 from haloformer.data_pipeline.records import LeftOut, Pair
 from haloformer.data_pipeline.request import RECORD_NAME, Inputs, is_made
 from haloformer.data_pipeline.shards import DatasetWriter
-from haloformer.data_pipeline.source_files import InputFile
+from haloformer.data_pipeline.source_files import COMPRESSED, InputFile
 from haloformer.data_pipeline.sources import (
     Document,
     SourceFormat,
@@ -262,7 +262,7 @@ def _write_document(writer: DatasetWriter, document: Document, tokenizer: Tokeni
 
 
 def _estimate(files: Sequence[InputFile], kind: str) -> int:
-    text = sum(f.size * (_EXPANSION if f.path.suffix in (".gz", ".bz2") else 1) for f in files)
+    text = sum(f.size * (_EXPANSION if f.path.suffix.lower() in COMPRESSED else 1) for f in files)
     return int(text * _BYTES_PER_TEXT_BYTE[kind])
 
 

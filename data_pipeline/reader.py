@@ -102,7 +102,7 @@ class ShardReader:
         name = self.index.shards[shard].name
         if actual != crc and self.index.store.forget(name, offset, size):
             # Cached wrong, it would stay wrong.
-            content, actual = self._crc32(shard, sample, offset, size)  # wrong, it would stay wrong
+            content, actual = self._crc32(shard, sample, offset, size)
         if actual != crc:
             raise self._corrupt(shard, sample, "the tokens are damaged (wrong crc32)")
         self._checked[key] = None

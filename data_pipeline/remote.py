@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
-from urllib.parse import SplitResult, unquote, urlsplit
+from urllib.parse import SplitResult, unquote, urlsplit, urlunsplit
 
 from haloformer.data_pipeline.errors import DataError
 from haloformer.data_pipeline.retry import RetryPolicy
@@ -47,11 +47,11 @@ def split_address(address: str | Path) -> SplitResult | Path:
             file=address,
             remedy="use a path, file:, http://, https:// or s3://",
         )
-    if parts.query or parts.fragment or parts.username or not parts.netloc:
+    if parts.query or parts.fragment or "@" in parts.netloc or not parts.netloc:
         # Names of files are appended, and addresses are logged: so no ?token= and no user:secret@.
         raise DataError(
             "an address of data is scheme://host/folder or s3://bucket/folder, nothing more",
-            file=parts._replace(netloc=parts.netloc.rpartition("@")[2], query="").geturl(),
+            file=urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", "")),
             remedy="put credentials into ~/.netrc (http) or ~/.aws/credentials (s3)",
         )
     return parts

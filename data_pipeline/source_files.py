@@ -130,7 +130,7 @@ def json_lines(
             continue
         try:
             value = json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as fault:
+        except (ValueError, RecursionError) as fault:  # ValueError: a number of 5,000 digits
             raise DataError(
                 f"not JSON ({fault})", file=place, remedy="every line is one JSON object"
             ) from fault

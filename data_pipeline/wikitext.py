@@ -25,13 +25,14 @@ _TOKEN = re.compile(
 )
 _DROPPED_LINK = re.compile(r"\s*(?:file|image|media|category)\s*:", re.IGNORECASE)
 _LANGUAGE_LINK = re.compile(r"\s*[a-z]{2,3}(?:-[a-z]+)*\s*:", re.IGNORECASE)
+# Possessive: nothing is tried again where the link never closes.
 _EXTERNAL_LINK = re.compile(
-    r"\[(?:https?:|ftp:|mailto:)?//[^\s\[\]]*\s*([^\[\]]*)\]", re.IGNORECASE
+    r"\[(?:https?:|ftp:|mailto:)?//[^\s\[\]]*+\s*+([^\[\]]*+)\]", re.IGNORECASE
 )
 _TAG = re.compile(r"</?[a-zA-Z][^<>]*>")
 _QUOTES = re.compile(r"'{2,5}")
 _MAGIC = re.compile(r"__[A-Z]{3,}__")
-_HEADING = re.compile(r"^(={1,6})[ \t]*([^\n]*?)[ \t]*=+[ \t]*$", re.MULTILINE)
+_HEADING = re.compile(r"^=[^\n]*=[ \t]*$", re.MULTILINE)
 _LIST = re.compile(r"^[*#:;]+[ \t]*", re.MULTILINE)
 _BLANKS = re.compile(r"[ \t\xa0]+")
 _EMPTY_BRACKETS = re.compile(r" ?\((?:[ ,;]*)\)")
@@ -48,7 +49,7 @@ def clean_wikitext(text: str) -> str:
     text = _EXTERNAL_LINK.sub(r"\1", text)
     text = _TAG.sub("", text)
     text = _MAGIC.sub("", _QUOTES.sub("", text))
-    text = _HEADING.sub(r"\n\2\n", text)
+    text = _HEADING.sub(_heading_title, text)
     text = _LIST.sub("", text)
     text = html.unescape(text)
     text = _BLANKS.sub(" ", text)
@@ -101,6 +102,14 @@ def _classify(token: re.Match[str]) -> tuple[str, str]:
     assert group is not None
     action, _, kind = group.partition("_")
     return action, kind
+
+
+def _heading_title(heading: re.Match[str]) -> str:
+    """The title alone, on a line of its own: up to six "=" before it go, and all behind it."""
+    line = heading[0].rstrip(" \t")
+    level = min(len(line) - len(line.lstrip("=")), len(line) - 1, 6)
+    title = line[level:].rstrip("=").strip(" \t")
+    return f"\n{title}\n"
 
 
 def _link_label(content: str) -> str:

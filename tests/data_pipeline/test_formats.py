@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -225,6 +227,20 @@ def test_hyperpartisan_articles_meet_their_labels_and_lose_their_markup(tmp_path
     assert second.segments == ("Plain\nTwo.\nThree.",) and second.note["label"] == "false"
 
 
+def test_a_compressed_ground_truth_is_opened_like_its_articles(tmp_path: Path) -> None:
+    for name, text in (("articles-x.xml.gz", ARTICLES), ("ground-truth-x.xml.gz", TRUTH)):
+        (tmp_path / name).write_bytes(gzip.compress(text.encode()))
+    labels = [e.note["label"] for e in read(tmp_path / "articles-x.xml.gz", "hyperpartisan")]
+    assert labels == ["true", "false"]
+
+
+def test_a_long_run_of_blanks_in_a_review_costs_linear_time(tmp_path: Path) -> None:
+    path = write(tmp_path / "neg" / "0_1.txt", "a" + " " * 60_000 + "b <br /> <br/>c")
+    began = time.process_time()
+    assert read(path, "imdb")[0].segments == ("a" + " " * 60_000 + "b\n\nc",)
+    assert time.process_time() - began < 1.0
+
+
 def test_conll_mentions_become_clusters_of_spans(tmp_path: Path) -> None:
     write(tmp_path / "data" / "wsj_0020.v4_gold_conll", CONLL)
     write(tmp_path / "data" / "wsj_0020.v4_auto_conll", "not read")
@@ -266,6 +282,7 @@ BAD: list[tuple[SourceFormat, str, object, str]] = [
         "leads out of the evidence folder",
     ),
     ("hotpotqa", "x.json", json.dumps(HOTPOT)[:-3], "record 2: not JSON .Unterminated"),
+    ("wikihop", "x.json", f"[{'1' * 5000}]", "x.json: record 1: not JSON .Exceeds the limit"),
     (
         "hotpotqa",
         "x.json",

@@ -242,6 +242,8 @@ def test_a_ledger_that_is_lost_is_counted_anew(tmp_path: Path) -> None:
     [
         ("ftp://host/data", "no data is read by ftp://"),
         ("https://me:secret@host/data", r"https://host/data: an address .*\.netrc"),
+        ("https://:secret@host/data", r"https://host/data: an address .*\.netrc"),
+        ("https://host/data#secret", r"https://host/data: an address .*\.netrc"),
         ("http://host/data?token=1", "nothing more"),
         ("s3:///data", "scheme://host/folder"),
     ],

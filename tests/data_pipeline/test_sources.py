@@ -49,6 +49,7 @@ def test_jsonl_gives_the_text_of_each_line(tmp_path: Path) -> None:
         (b'{"text": "\xff"}', "x.jsonl:2: byte 10 is not UTF-8"),
         (b'{"text": "\\ud800"}', "x.jsonl:2: character 0 is half of a surrogate pair"),
         (b"[" * 100_000, "x.jsonl:2: not JSON"),
+        (b'{"text": ' + b"1" * 5000 + b"}", "x.jsonl:2: not JSON"),
     ],
 )
 def test_a_bad_line_is_named(line: bytes, message: str, tmp_path: Path) -> None:
@@ -171,3 +172,32 @@ def test_hostile_markup_is_cleaned_in_linear_time(part: str) -> None:
     began = time.process_time()
     clean_wikitext(text)
     assert time.process_time() - began < 2.0  # quadratic takes several times that at least
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["=" + " " * 3000 + "x", "=" * 20_000 + "x", "= " * 20_000 + "x", "[//" + "a" * 40_000],
+    ids=["blanks", "equal signs", "both", "a link that never closes"],
+)
+def test_a_long_hostile_line_stays_and_costs_linear_time(line: str) -> None:
+    began = time.process_time()
+    assert clean_wikitext(line) == " ".join(line.split())
+    assert time.process_time() - began < 2.0
+
+
+@pytest.mark.parametrize(
+    ("line", "title"),
+    [
+        ("== A ==", "A"),
+        ("==A= \t", "A"),
+        ("= a = b =", "a = b"),
+        ("======== deep ==", "== deep"),
+        ("==", ""),
+        ("== ==", ""),
+        ("=", "="),
+        ("== A", "== A"),
+        (" == A ==", "== A =="),
+    ],
+)
+def test_a_heading_is_its_title(line: str, title: str) -> None:
+    assert clean_wikitext(line) == title
