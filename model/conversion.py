@@ -141,6 +141,9 @@ def _led_from_bart(
     for key in ("scale_embedding", "normalize_before", "add_final_layer_norm"):
         if raw.get(key):
             raise ValueError(f"config.json: {key} is true, which LED does not have")
+    if not any(name.startswith("model.") for name in weights):
+        # A BartModel, as the published facebook/bart-base and -large are.
+        weights = {f"model.{name}": tensor for name, tensor in weights.items()}
     converted: dict[str, Tensor] = {}
     for name, tensor in weights.items():
         if name in ("lm_head.weight", "model.encoder.embed_tokens.weight"):

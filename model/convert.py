@@ -93,7 +93,9 @@ def load_pretrained(folder: str | Path, dtype: torch.dtype = torch.float32) -> n
     try:
         with torch.device("meta"):  # no memory and no time for values that are replaced anyway
             model = _build(raw, weights)
-        state = ours_from_theirs(parameter_names(model), weights, IGNORABLE)
+        names = parameter_names(model)
+        state = ours_from_theirs(names, weights, IGNORABLE)
+        _check_shapes(names, model, state)
         if isinstance(model, PlainLed):
             state["model.final_logits_bias"] = _logits_bias(weights)
     except ValueError as error:  # pydantic's error is one, of several lines
@@ -190,7 +192,9 @@ def _build(raw: dict[str, Any], weights: Mapping[str, Tensor]) -> PlainModel:
     if architecture == "LongformerForMaskedLM":
         return PlainMaskedLM(LongformerForMaskedLM(config, vocab_size), full)
     if architecture == "LongformerForSequenceClassification":
-        num_labels = weights["classifier.out_proj.bias"].shape[0]
+        # Where there is no head, ours_from_theirs says so.
+        bias = weights.get("classifier.out_proj.bias")
+        num_labels = 1 if bias is None else bias.shape[0]
         classifier = LongformerForSequenceClassification(config, vocab_size, num_labels)
         return PlainClassifier(classifier, full)
     if architecture == "LongformerForQuestionAnswering":
@@ -206,6 +210,16 @@ def _architecture(raw: dict[str, Any]) -> str:
     if named[0] not in ARCHITECTURES:
         raise ValueError(f"cannot load {named[0]!r}; known are {', '.join(ARCHITECTURES)}")
     return str(named[0])
+
+
+def _check_shapes(names: Names, model: PlainModel, state: Mapping[str, Tensor]) -> None:
+    for ours, wanted in model.named_parameters():
+        found = state[ours]
+        if found.shape != wanted.shape:
+            raise ValueError(
+                f"{names[ours]} has shape {tuple(found.shape)}, by config.json it is "
+                f"{tuple(wanted.shape)}; config.json and the safetensors are of two models"
+            )
 
 
 def _logits_bias(weights: Mapping[str, Tensor]) -> Tensor:

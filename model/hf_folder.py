@@ -33,13 +33,17 @@ def read_config(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG
     if not path.is_file():
         raise ValueError(f"{folder}: no {CONFIG}; give the folder of a transformers model")
+    return _read_mapping(path)
+
+
+def _read_mapping(path: Path) -> dict[str, Any]:
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: not readable as JSON: {error}; copy the folder again") from error
-    if not isinstance(config, dict):
-        raise ValueError(f"{path}: holds a {type(config).__name__}, not a mapping of settings")
-    return config
+    if not isinstance(found, dict):
+        raise ValueError(f"{path}: holds a {type(found).__name__}, not a mapping of settings")
+    return found
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
@@ -108,8 +112,10 @@ def _weight_files(folder: Path) -> list[Path]:
     if (folder / WEIGHTS).is_file():
         return [folder / WEIGHTS]
     if (folder / INDEX).is_file():
-        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
-        return [folder / name for name in sorted(set(index["weight_map"].values()))]
+        files = _read_mapping(folder / INDEX).get("weight_map")
+        if not isinstance(files, dict) or not all(isinstance(x, str) for x in files.values()):
+            raise ValueError(f"{folder / INDEX}: names no files; copy the folder again")
+        return [folder / name for name in sorted(set(files.values()))]
     for pickle in PICKLES:
         if (folder / pickle).is_file():
             raise ValueError(
@@ -120,8 +126,10 @@ def _weight_files(folder: Path) -> list[Path]:
 
 
 def _conversion(folder: Path) -> str:
-    architectures = read_config(folder).get("architectures") or ["AutoModel"]
-    cls = architectures[0]
+    named = read_config(folder).get("architectures")
+    first = named[0] if isinstance(named, list) and named else ""
+    # The line is there to be run, so nothing else from the folder may get into it.
+    cls = first if isinstance(first, str) and first.isidentifier() else "AutoModel"
     return (
         f'python -c "import transformers as t; '
         f"t.{cls}.from_pretrained('{folder}').save_pretrained('{folder}-safetensors')\""

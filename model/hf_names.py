@@ -11,12 +11,15 @@ Names = dict[str, str]  # ours -> theirs
 _ATTENTION = ("query", "key", "value", "query_global", "key_global", "value_global")
 _PROJECTIONS = (("query", "q_proj"), ("key", "k_proj"), ("value", "v_proj"), ("output", "out_proj"))
 
-# Copies of tied weights, and buffers of older versions, that a folder may hold in addition.
+# Copies of tied weights, buffers of older versions, and the pooler that published RoBERTas carry
+# though no head uses it: a folder may hold them in addition.
 IGNORABLE = (
     "lm_head.decoder.weight",
     "lm_head.decoder.bias",
     "embeddings.position_ids",
     "longformer.embeddings.position_ids",
+    "longformer.pooler.dense.weight",
+    "longformer.pooler.dense.bias",
     "final_logits_bias",
     "lm_head.weight",
     "led.encoder.embed_tokens.weight",
@@ -106,7 +109,7 @@ def ours_from_theirs(
     Args:
         names: Ours -> theirs.
         weights: By their names.
-        ignorable: Their names that may be there in addition (tied copies, buffers).
+        ignorable: Their names that may be there in addition.
 
     Raises:
         ValueError: Naming what is missing and what nobody asked for.

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 import hf_peers
 from haloformer.model.conversion import convert_folder, repeat_positions
@@ -52,6 +53,20 @@ def test_longformer_reads_longer_texts_at_repeated_positions(tmp_path):
     assert ours(hf_peers.batch([100], [[]])[0]).logits.isfinite().all()
 
 
+def test_the_pooler_of_a_published_roberta_is_passed_over(tmp_path):
+    peer = roberta().eval()
+    peer.save_pretrained(tmp_path / "short")
+    path = tmp_path / "short" / "model.safetensors"
+    pooler = {"weight": torch.ones(24, 24), "bias": torch.ones(24)}
+    weights = load_file(path) | {f"roberta.pooler.dense.{x}": y for x, y in pooler.items()}
+    save_file(weights, path, metadata={"format": "pt"})
+    convert_folder(tmp_path / "short", tmp_path / "long", 64, 64)
+    ids, mask, _ = hf_peers.batch([30, 21], [])
+    with torch.no_grad():
+        found = load_pretrained(tmp_path / "long")(ids, mask).logits[mask.bool()]
+        assert hf_peers.relative_error(found, peer(ids, mask).logits[mask.bool()]) < 1e-5
+
+
 @pytest.mark.parametrize("head", ["ForSequenceClassification", "ForQuestionAnswering", "Model"])
 def test_heads_come_along(head, tmp_path):
     peer = roberta(f"Roberta{head}").eval()
@@ -88,6 +103,17 @@ def test_led_says_what_bart_said(global_everywhere, tmp_path):
     table = ours.model.encoder.embeddings.positions.weight
     learned = peer.model.encoder.embed_positions.weight[2:]
     assert torch.equal(table, learned.repeat(16, 1))
+
+
+def test_a_bart_saved_without_its_head_becomes_the_same_led(tmp_path):
+    peer = bart()
+    for name, model in (("whole", peer), ("bare", peer.model)):
+        model.save_pretrained(tmp_path / name)
+        convert_folder(tmp_path / name, tmp_path / f"led_{name}", 64, 8)
+    whole, bare = (load_pretrained(tmp_path / f"led_{x}").state_dict() for x in ("whole", "bare"))
+    assert whole.keys() == bare.keys()
+    # The constant per token is part of the head, and scrambled here.
+    assert all(torch.equal(whole[x], bare[x]) for x in whole if x != "model.final_logits_bias")
 
 
 def test_tokenizer_files_come_along(tmp_path):

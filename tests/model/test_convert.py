@@ -176,6 +176,11 @@ def test_weights_in_several_files_are_read(tmp_path):
     next(iter(tmp_path.glob("model-*.safetensors"))).unlink()
     with pytest.raises(ValueError, match="not there"):
         load_pretrained(tmp_path)
+    index = tmp_path / "model.safetensors.index.json"
+    for text, message in (("{", "not readable as JSON"), ('{"weight_map": [3]}', "names no files")):
+        index.write_text(text)
+        with pytest.raises(ValueError, match=f"{index.name}: {message}"):
+            load_pretrained(tmp_path)
 
 
 def test_pickle_is_refused_with_a_command_that_converts_it(tmp_path):
@@ -195,6 +200,15 @@ def test_pickle_is_refused_with_a_command_that_converts_it(tmp_path):
         assert hf_peers.relative_error(found, peer.eval()(ids).logits) < 1e-5
 
 
+def test_a_folder_cannot_put_code_into_the_command(tmp_path):
+    (tmp_path / "pytorch_model.bin").write_bytes(b"")
+    evil = "AutoModel; import os"
+    (tmp_path / "config.json").write_text(json.dumps({"architectures": [evil]}))
+    with pytest.raises(ValueError, match=r"t\.AutoModel\.from_pretrained") as refusal:
+        load_pretrained(tmp_path)
+    assert evil not in str(refusal.value)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -204,6 +218,8 @@ def test_pickle_is_refused_with_a_command_that_converts_it(tmp_path):
         ({"num_attention_heads": 5}, "does not divide"),
         ({"num_hidden_layers": 3, "attention_window": [4, 4, 4]}, "lacks"),
         ({"tie_word_embeddings": False}, "tie_word_embeddings"),
+        ({"vocab_size": 7}, r"word_embeddings.weight has shape \(53, 24\), by config.json .*7, 24"),
+        ({"architectures": ["LongformerForSequenceClassification"]}, "lacks classifier.dense.bias"),
     ],
     ids=lambda x: next(iter(x)) if isinstance(x, dict) else "",
 )
