@@ -66,7 +66,8 @@ class Ending:
 
     Attributes:
         code: 0 finished or stopped as asked, 2 the user's to correct, 1 anything else.
-        state: What rank 0 wrote last, None if the ranks did not come to an end of theirs.
+        state: What rank 0 wrote last, or would have, had it begun before it was asked to stop;
+            None if the ranks did not come to an end of theirs.
         fault: What died, None at code 0.
     """
 
@@ -79,7 +80,10 @@ class Ending:
         if self.fault is not None:
             return f"failed: {self.fault.text}"
         assert self.state is not None, "ranks that end well say how far they came"
-        return "finished" if self.state[0] == "finished" else f"stopped after step {self.state[1]}"
+        state, step = self.state
+        if state == "finished":
+            return "finished"
+        return f"stopped after step {step}" if step > 0 else "stopped before its first step"
 
 
 def run_attempt(
@@ -121,6 +125,10 @@ def run_attempt(
     if fault is None and code != 0:
         fault = watch.conclude()
     state = run_dir.read_state()
+    if signals.count > 0 and not run_dir.read_beats(attempt):
+        # They were asked to stop before they were up; nothing was begun, so nothing failed.
+        before = 0 if plan.resume_step is None else plan.resume_step
+        return Ending(0, ("stopped", before), None)
     if fault is None and state is None:
         fault = Fault("the ranks ended without a word")
     return Ending(0 if fault is None else fault.code, state, fault)

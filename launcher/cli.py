@@ -67,8 +67,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code; a ValueError is the user's to correct and becomes one line.
     """
     words = sys.argv[1:] if argv is None else list(argv)
-    arguments = parse(build_parser(words[0] if words else None), words)
     try:
+        # Importing a command takes a second or two, in which Ctrl-C comes as well.
+        arguments = parse(build_parser(words[0] if words else None), words)
         code: int = arguments.run_command(arguments)
     except ValueError as error:
         print(f"haloformer: error: {error}", file=sys.stderr)

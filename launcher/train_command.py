@@ -73,15 +73,18 @@ def run(arguments: argparse.Namespace) -> int:
             raise
         print(f"nothing to do: {done}")  # a job that came back into the queue at its very end
         return 0
-    _announce(config, vocab_size, job)
     with StopSignals() as signals:
+        _announce(config, vocab_size, job)
         watched = arguments.supervise
         ending = supervise(job, signals, _say) if watched else job.attempt(signals)
     outcome = ending.describe()
     if ending.code != 0:
         Spool(job.run_dir.path).add_status("FAILED")
-    _report(config, job, outcome)
-    print(f"  to go on     {_continuation(arguments, config, job, outcome)}")
+    elif job.run_dir.read_state() is None:  # stopped before there was a rank to tell it
+        Spool(job.run_dir.path).add_status("KILLED")
+    resumable = _report(config, job, outcome)
+    command = _next_command(arguments, config, job, outcome, resumable)
+    print(f"  {'to go on   ' if resumable else 'once more  '}  {command}")
     return ending.code
 
 
@@ -154,8 +157,12 @@ def _announce(config: TrainConfig, vocab_size: int, job: Job) -> None:
     )
 
 
-def _report(config: TrainConfig, job: Job, outcome: str) -> None:
-    """Draw the curve, tell MLflow the rest, and say where everything is."""
+def _report(config: TrainConfig, job: Job, outcome: str) -> bool:
+    """Draw the curve, tell MLflow the rest, and say where everything is.
+
+    Returns:
+        Whether there may be a checkpoint to go on from.
+    """
     run_dir, known = job.run_dir, job.known
     # It takes seconds, in which nothing else would be seen.
     print("the ranks have ended; writing the loss curve and what MLflow keeps", flush=True)
@@ -166,22 +173,25 @@ def _report(config: TrainConfig, job: Job, outcome: str) -> None:
     if outcome == "finished" and config.tracking.log_model:
         model = spool_model(known, run_dir.path)
     told = tell_server(run_dir.path)
+    resumable, checkpoints = _checkpoints(known)
     print(f"\nrun {known.run_id} {outcome}")
-    print(f"  checkpoints  {_checkpoints(known)}")
+    print(f"  checkpoints  {checkpoints}")
     if model is not None:
         print(f"  model        {model}")
     print(f"  loss curve   {run_dir.curve_file if fault is None else fault}")
     print(f"  MLflow       {_page(known.tracking_uri)}")
     if told is not None:
         print(f"               {told}; later: {_program('haloformer')} sync {known.run_id}")
+    return resumable
 
 
-def _checkpoints(known: KnownRun) -> str:
+def _checkpoints(known: KnownRun) -> tuple[bool, str]:
+    """Whether there may be one, and which there are."""
     try:
         steps = [entry.step for entry in Catalog(known.artifacts(), known.run_id).committed()]
     except (MlflowException, OSError) as error:
-        return f"the store does not answer ({' '.join(str(error).split())[:100]})"
-    return ", ".join(f"step {step}" for step in steps) or "none"
+        return True, f"the store does not answer ({' '.join(str(error).split())[:100]})"
+    return bool(steps), ", ".join(f"step {step}" for step in steps) or "none"
 
 
 def _page(uri: str) -> str:
@@ -191,10 +201,10 @@ def _page(uri: str) -> str:
     return f"{_program('mlflow')} ui --backend-store-uri {uri}"
 
 
-def _continuation(
-    arguments: argparse.Namespace, config: TrainConfig, job: Job, outcome: str
+def _next_command(
+    arguments: argparse.Namespace, config: TrainConfig, job: Job, outcome: str, resumable: bool
 ) -> str:
-    """The command that goes on with this run; a finished one needs more steps."""
+    """What goes on with this run, or starts afresh; a finished run needs more steps."""
     words = [_program("haloformer"), "train", arguments.config, *arguments.overrides]
     if outcome == "finished":
         more = more_steps(config, config.steps)
@@ -206,7 +216,10 @@ def _continuation(
         words += ["--launcher", arguments.launcher]
     if arguments.supervise:
         words.append("--supervise")
-    return shlex.join([*words, "--ranks", str(num_slots(job.used)), "--resume", job.plan.run_id])
+    words += ["--ranks", str(num_slots(job.used))]
+    if resumable:
+        words += ["--resume", job.plan.run_id]
+    return shlex.join(words)
 
 
 def _program(name: str) -> str:

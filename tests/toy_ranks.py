@@ -6,7 +6,7 @@ attempt is a word:
     finish    come to the end well          die      be killed
     obey      go on until asked to stop     crash    raise
     leave     end as stopped, unasked       refuse   find the input wrong
-    hang      beat and do nothing
+    hang      beat and do nothing             late     end before the first beat
 """
 
 import json
@@ -105,6 +105,8 @@ def _run_ranks(run_dir: str, attempt: str, words: list[str]) -> int:
 
 
 def _be_a_rank(run_dir: RunDir, attempt: str, word: str, rank: int) -> int:
+    if word == "late":
+        return 1
     asked = threading.Event()
     pulse = Pulse(run_dir, rank, attempt, asked.set)
     pulse.start()

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -160,6 +160,19 @@ def test_sigterm_stops_all_ranks_after_their_step_and_nothing_starts_again(
     with StopSignals() as signals, when_up(run.run_dir, 2, term):
         ending = run.run(signals)
     assert ending.code == 0 and ending.describe() == "stopped after step 10"
+
+
+@pytest.mark.parametrize(
+    ("step", "said"), [(None, "stopped before its first step"), (8, "stopped after step 8")]
+)
+def test_a_stop_before_the_ranks_are_up_is_no_failure(tmp_path: Path, step, said) -> None:
+    run = Supervised(tmp_path, ToyCluster(["a", "b"], [["late", "late"]] * 2), [])
+    run.job = replace(run.job, plan=replace(run.job.plan, resume_step=step))
+    assert run.job.attempt(StopSignals()).describe() == "failed: the ranks did not start"
+    with StopSignals() as signals:
+        os.kill(os.getpid(), signal.SIGINT)
+        ending = run.run(signals)
+    assert ending.code == 0 and ending.describe() == said
 
 
 def test_a_second_signal_ends_ranks_that_hang_at_once(tmp_path: Path) -> None:

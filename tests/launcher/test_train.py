@@ -133,6 +133,18 @@ def test_ctrl_c_on_tensor_ranks_then_one_rank_then_tensor_ranks_keeps_the_losses
     assert "step 24" in newest and "context 1 x tensor 2, ZeRO-2, fp32  verified" in newest
 
 
+def test_ctrl_c_before_the_ranks_are_up_ends_the_run_as_stopped(project: Path) -> None:
+    started = start(project, ["train", "tiny.yaml", *RANKS])
+    announced = started.process.stdout.readline()
+    started.process.send_signal(signal.SIGINT)
+    code, output = started.finish()
+    assert code == 0, announced + output
+    assert "stopped before its first step" in output and "Traceback" not in output
+    assert "--resume" not in output.split("once more ")[-1]
+    client = MlflowClient(f"sqlite:///{project / 'mlflow.db'}")
+    assert client.get_run(started.run_dir().path.name).info.status == "KILLED"
+
+
 def told_of_phases(project: Path, run_dir: RunDir) -> dict[str, tuple[str, list[int]]]:
     """What MLflow knows of the phases of a run; of the run itself it knows every step once."""
     client = MlflowClient(f"sqlite:///{project / 'mlflow.db'}")
