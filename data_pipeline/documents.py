@@ -43,7 +43,11 @@ def read_asked(path: Path) -> Iterator[Asked]:
             try:
                 line = raw.decode("utf-8").rstrip("\r\n")
             except UnicodeDecodeError as fault:
-                raise DataError(f"byte {fault.start} is not UTF-8", file=place) from fault
+                raise DataError(
+                    f"byte {fault.start} is not UTF-8",
+                    file=place,
+                    remedy="convert the file to UTF-8",
+                ) from fault
             if not as_json:
                 yield Asked(line, place, number)
             elif line.strip():
@@ -54,7 +58,9 @@ def _document(line: str, place: str) -> str:
     try:
         value = json.loads(line)
     except (ValueError, RecursionError) as fault:
-        raise DataError(f"not JSON ({fault})", file=place) from fault
+        raise DataError(
+            f"not JSON ({fault})", file=place, remedy="every line is one JSON object"
+        ) from fault
     found = [value[key] for key in _KEYS if key in value] if isinstance(value, dict) else []
     if not found or not isinstance(found[0], str):
         raise DataError(

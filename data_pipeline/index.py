@@ -345,11 +345,15 @@ def load_table(index: ShardIndex, shard: int) -> NDArray[np.void]:
     if _sha256(content) != info.table_sha256:
         raise DataError("the offset table is damaged (wrong sha256)", file=path, remedy=_REMEDY)
     if len(content) != info.num_samples * index.record.itemsize:
-        raise DataError(f"the offset table has not {info.num_samples} records", file=path)
+        raise DataError(
+            f"the offset table has not {info.num_samples} records", file=path, remedy=_REMEDY
+        )
     table = np.frombuffer(content, index.record)
     lengths = table["num_tokens"]
     if int(lengths.sum(dtype=np.int64)) != info.num_tokens:
-        raise DataError(f"the offset table does not sum to {info.num_tokens} tokens", file=path)
+        raise DataError(
+            f"the offset table does not sum to {info.num_tokens} tokens", file=path, remedy=_REMEDY
+        )
     if len(table) and not lengths.all():
         raise DataError(
             "the document has no tokens",
@@ -358,5 +362,7 @@ def load_table(index: ShardIndex, shard: int) -> NDArray[np.void]:
             remedy="prepare the data again, which leaves empty texts out",
         )
     if "note_size" in (table.dtype.names or ()) and (table["note_size"] > MAX_NOTE_BYTES).any():
-        raise DataError(f"an annotation is longer than {MAX_NOTE_BYTES} bytes", file=path)
+        raise DataError(
+            f"an annotation is longer than {MAX_NOTE_BYTES} bytes", file=path, remedy=_REMEDY
+        )
     return table

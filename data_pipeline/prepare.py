@@ -109,9 +109,15 @@ def prepare(
     """
     began = time.monotonic()
     if not 0.0 <= holdout <= 0.5:
-        raise DataError(f"holdout {holdout} is not a share from 0 to 0.5")
+        raise DataError(
+            f"holdout {holdout} is not a share from 0 to 0.5",
+            remedy="give --holdout 0.05 for a twentieth, 0 for none",
+        )
     if shard_tokens < 1:
-        raise DataError(f"shard_tokens {shard_tokens} is below 1")
+        raise DataError(
+            f"shard_tokens {shard_tokens} is below 1",
+            remedy=f"leave --shard-tokens out; {DEFAULT_SHARD_TOKENS} is the default",
+        )
     files = find_inputs(inputs, source_format)
     labels = labels_of(files, source_format)
     ready = _ready_tokenizer(tokenizer)
@@ -151,7 +157,10 @@ def _ready_tokenizer(spec: str) -> Tokenizer | None:
         return ByteTokenizer()
     if spec.startswith("train:"):
         if not spec.removeprefix("train:").isdecimal():
-            raise DataError(f"{spec}: give the size of the vocabulary, like train:8192")
+            raise DataError(
+                f"tokenizer {spec} names no size",
+                remedy="give the size of the vocabulary, like train:8192",
+            )
         return None
     if not Path(spec).is_dir():
         raise DataError(

@@ -166,7 +166,10 @@ class TrainStream(RankStream[_Documents]):
         steps = set()
         for slot, parts in state.items():
             if len(parts) != num_parts or not all(type(part) is int for part in parts):
-                raise DataError(f"the state of stream {slot} is not {num_parts} integers")
+                raise DataError(
+                    f"the state of stream {slot} is not {num_parts} integers",
+                    remedy="resume with the data of the run, and as many corpora",
+                )
             steps.add(sum(parts[size - 1 :: size]))
         if len(steps) > 1:
             raise DataError(

@@ -127,7 +127,9 @@ def tokenizer_sha256_of(folder: Path) -> str | None:
         pairs = (pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"])
         merges = "".join(f"{pair}\n" for pair in pairs)
     except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"not a tokenizer ({type(error).__name__})", file=path) from error
+        raise DataError(
+            f"not a tokenizer ({type(error).__name__})", file=path, remedy="copy it again"
+        ) from error
     with tempfile.TemporaryDirectory() as scratch:
         Path(scratch, "vocab.json").write_text(json.dumps(vocab), "utf-8")
         Path(scratch, "merges.txt").write_text(merges, "utf-8")

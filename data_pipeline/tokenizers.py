@@ -27,6 +27,7 @@ SPECIAL_NAMES = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")
 TOKENIZER_RECORD = "tokenizer_kind.json"
 TOKENIZER_FILES = (TOKENIZER_RECORD, "vocab.json", "merges.txt")  # the last two of BPE only
 _NUM_BYTES = 256
+_REMEDY = "copy the tokenizer's files again; they are those of a RoBERTa-like model"
 # Encoding keeps about 100 bytes per token; long documents go through in pieces of this size.
 _PIECE_CHARACTERS = 1 << 18
 
@@ -185,7 +186,11 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     elif record.get("kind") == "bpe":
         tokenizer = load_bpe(folder)
     else:
-        raise DataError(f"unknown tokenizer kind {record.get('kind')!r}", file=path)
+        raise DataError(
+            f"unknown tokenizer kind {record.get('kind')!r}",
+            file=path,
+            remedy="restore the folder or prepare the data again",
+        )
     if record.get("sha256") != tokenizer.sha256:
         raise DataError(
             "vocab.json or merges.txt is not the one that was saved here",
@@ -206,10 +211,12 @@ def load_bpe(folder: Path) -> BpeTokenizer:
     entries = _read_json(path)
     vocab = {token: number for token, number in entries.items() if type(number) is int}
     if len(vocab) != len(entries):
-        raise DataError("an id is not an integer", file=path)
+        raise DataError("an id is not an integer", file=path, remedy=_REMEDY)
     tokens = tuple(sorted(vocab, key=lambda token: vocab[token]))
     if [vocab[token] for token in tokens] != list(range(len(tokens))):
-        raise DataError(f"the ids are not 0 to {len(tokens) - 1}, each once", file=path)
+        raise DataError(
+            f"the ids are not 0 to {len(tokens) - 1}, each once", file=path, remedy=_REMEDY
+        )
     absent = [name for name in SPECIAL_NAMES if name not in vocab]
     if absent:
         raise DataError(
@@ -219,7 +226,9 @@ def load_bpe(folder: Path) -> BpeTokenizer:
         )
     missing_bytes = sum(char not in vocab for char in pre_tokenizers.ByteLevel.alphabet())
     if missing_bytes:
-        raise DataError(f"{missing_bytes} of the 256 bytes have no token", file=path)
+        raise DataError(
+            f"{missing_bytes} of the 256 bytes have no token", file=path, remedy=_REMEDY
+        )
     merges = tuple(_read_merges(folder / "merges.txt", vocab))
     specials = Specials(*(vocab[name] for name in SPECIAL_NAMES))
     canonical = json.dumps(["bpe", tokens, merges], separators=(",", ":"))
@@ -246,9 +255,9 @@ def _read_json(path: Path) -> dict[str, object]:
     except FileNotFoundError as fault:
         raise DataError("no such file", file=path, remedy="is this a tokenizer?") from fault
     except (ValueError, RecursionError) as fault:
-        raise DataError(f"not JSON ({fault})", file=path) from fault
+        raise DataError(f"not JSON ({fault})", file=path, remedy=_REMEDY) from fault
     if not isinstance(value, dict):
-        raise DataError("not a JSON object", file=path)
+        raise DataError("not a JSON object", file=path, remedy=_REMEDY)
     return value
 
 
@@ -258,16 +267,20 @@ def _read_merges(path: Path, vocab: dict[str, int]) -> Iterator[tuple[str, str]]
     except FileNotFoundError as fault:
         raise DataError("no such file", file=path, remedy="is this a tokenizer?") from fault
     except UnicodeDecodeError as fault:
-        raise DataError(f"byte {fault.start} is not UTF-8", file=path) from fault
+        raise DataError(f"byte {fault.start} is not UTF-8", file=path, remedy=_REMEDY) from fault
     for number, line in enumerate(lines, 1):
         if not line or line.startswith("#version"):
             continue
         left, blank, right = line.rstrip("\r").partition(" ")
         if not blank or " " in right:
-            raise DataError("a merge is two tokens and a blank", file=f"{path}:{number}")
+            raise DataError(
+                "a merge is two tokens and a blank", file=f"{path}:{number}", remedy=_REMEDY
+            )
         for token in (left, right, left + right):
             if token not in vocab:
-                raise DataError(f"{token!r} is not in vocab.json", file=f"{path}:{number}")
+                raise DataError(
+                    f"{token!r} is not in vocab.json", file=f"{path}:{number}", remedy=_REMEDY
+                )
         yield left, right
 
 
@@ -283,7 +296,10 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> BpeTokenizer:
     """
     smallest = _NUM_BYTES + len(SPECIAL_NAMES)
     if vocab_size < smallest:
-        raise DataError(f"train:{vocab_size}: the vocabulary needs at least {smallest} tokens")
+        raise DataError(
+            f"train:{vocab_size}: the vocabulary needs at least {smallest} tokens",
+            remedy="give --tokenizer train:8192, say, or byte",
+        )
     engine = _engine(models.BPE())
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size - 1,
