@@ -241,7 +241,10 @@ def refuse_one_sided(raw: dict[str, Any]) -> None:
     Raises:
         ValueError: Naming the keys it was recognised by, and the remedy.
     """
-    marks = [key for key in ("attention_mode", "attention_dilation") if key in raw]
+    marks = ["attention_dilation"] if "attention_dilation" in raw else []
+    # The published transformers versions of AI2's models say "longformer" here.
+    if raw.get("attention_mode", "longformer") != "longformer":
+        marks.insert(0, "attention_mode")
     if marks:
         raise ValueError(
             f"config.json has {', '.join(marks)}: it is from AI2's longformer package, whose "

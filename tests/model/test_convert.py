@@ -148,6 +148,14 @@ def test_one_sided_config_of_the_original_code_is_refused(tmp_path):
         load_pretrained(tmp_path)
 
 
+def test_the_published_config_which_has_a_mode_too_is_not_refused(tmp_path):
+    transformers.LongformerForMaskedLM(peer_config([4, 8])).save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    left_over = {"attention_mode": "longformer", "ignore_attention_mask": False}
+    path.write_text(json.dumps({**json.loads(path.read_text()), **left_over}))
+    assert load_pretrained(tmp_path).model.encoder.layers[1].attention.spec.left == (4, 4, 4)
+
+
 def test_export_gives_transformers_the_same_model(tmp_path):
     peer = hf_peers.scrambled(transformers.LongformerForMaskedLM(peer_config([4, 6])))
     _, ours = hf_peers.both(peer, tmp_path / "peer", torch.float32)
