@@ -60,7 +60,10 @@ def _read(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
     if base is None:
         return raw
     if not isinstance(base, str):
-        raise ConfigError(f"{path}: base {base!r} is no name of a recipe")
+        raise ConfigError(
+            f"{path}: base {base!r} is no name of a recipe; give the name of one that ships with "
+            "haloformer, or a path from this file"
+        )
     beside = path.parent / base
     found = beside if beside.is_file() else find_recipe(base)
     return _laid_over(_read(found, (*above, path.resolve())), raw)
@@ -201,7 +204,7 @@ def _position_faults(config: TrainConfig) -> list[str]:
         if padded > limit:
             faults.append(
                 f"data.{name} {length} (padded to {padded} for {context} context ranks) is more "
-                f"than model.{limit_name} {limit}"
+                f"than model.{limit_name} {limit}; lower data.{name}"
             )
     return faults
 

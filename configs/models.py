@@ -259,7 +259,10 @@ class CharLmConfig(Section):
         faults = _window_faults(self.attention_window, self.num_layers)
         dilation = self.dilation
         if isinstance(dilation, list) and len(dilation) != self.num_layers:
-            faults.append(f"dilation has {len(dilation)} entries for {self.num_layers} layers")
+            faults.append(
+                f"dilation has {len(dilation)} entries for {self.num_layers} layers; "
+                "give one number or one per layer"
+            )
         if self.hidden_size % (2 * self.num_heads):
             faults.append(
                 f"hidden_size {self.hidden_size} is not a multiple of 2 x num_heads "

@@ -255,7 +255,9 @@ class TrainConfig(Section):
                 f"a {kind} has none, remove it"
             )
         if reads != "documents" and data.isolate_documents:
-            faults.append(f"data.isolate_documents is for packed text; a {kind} reads {reads}")
+            faults.append(
+                f"data.isolate_documents is for packed text; a {kind} reads {reads}, remove it"
+            )
         if faults:
             raise ValueError("; ".join(faults))
         return self

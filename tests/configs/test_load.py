@@ -81,7 +81,7 @@ def test_bf16_without_master_weights_is_refused(recipe: Path) -> None:
         ([], 3, r"--ranks 3 is not a multiple .* use --ranks 2"),
         (["batch.global_batch=3"], 4, r"global_batch 3 is not a multiple of .* = 2"),
         (["data.seq_len=16", "parallel.context=17"], 17, r"context 17 is more than data.seq_len"),
-        (["data.seq_len=4098"], 2, r"more than model.max_positions 4096"),
+        (["data.seq_len=4098"], 2, r"max_positions 4096; lower data.seq_len"),
         (["parallel.tensor=2"], 2, r"context 2 x parallel.tensor 2 = 4; use --ranks 4"),
         (
             ["parallel.context=1", "parallel.tensor=3"],
