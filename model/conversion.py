@@ -29,6 +29,13 @@ _TOKENIZER_FILES = (
     "tokenizer_config.json",
     "vocab.json",
 )
+# Copies of the shared table, and numbers that fairseq left in the published BARTs.
+_BART_IGNORED = (
+    "lm_head.weight",
+    "model.encoder.embed_tokens.weight",
+    "model.encoder.version",
+    "model.decoder.version",
+)
 _PROJECTIONS = {"q_proj": "query", "k_proj": "key", "v_proj": "value"}
 
 
@@ -146,8 +153,8 @@ def _led_from_bart(
         weights = {f"model.{name}": tensor for name, tensor in weights.items()}
     converted: dict[str, Tensor] = {}
     for name, tensor in weights.items():
-        if name in ("lm_head.weight", "model.encoder.embed_tokens.weight"):
-            continue  # tied
+        if name in _BART_IGNORED:
+            continue
         if name == "model.decoder.embed_tokens.weight":
             converted.setdefault("led.shared.weight", tensor)
         elif name == "final_logits_bias":
