@@ -109,9 +109,13 @@ def as_int32(ids: Tensor | None) -> Tensor | None:
     return None if ids is None else ids.to(torch.int32).contiguous()
 
 
-def unit_stride(x: Tensor) -> Tensor:
-    """``x`` with its features next to each other, copied only if they are not."""
-    return x if x.stride(-1) == 1 else x.contiguous()
+def addressable(x: Tensor) -> Tensor:
+    """``x`` as the kernels walk it, copied only if they could not.
+
+    Its features are next to each other, and its heads so near that a 32-bit offset finds them.
+    """
+    near = x.shape[2] * x.stride(2) < 1 << 31
+    return x if x.stride(-1) == 1 and near else x.contiguous()
 
 
 def shared_arguments(operands: BandOperands, arch: str, precision: str) -> dict[str, Any]:
@@ -123,7 +127,7 @@ def shared_arguments(operands: BandOperands, arch: str, precision: str) -> dict[
         precision: Input precision of ``tl.dot``.
     """
     x = operands
-    query, key, value = unit_stride(x.query), unit_stride(x.key), unit_stride(x.value)
+    query, key, value = addressable(x.query), addressable(x.key), addressable(x.value)
     head_dim = query.shape[3]
     strides = {
         f"{name}_{axis}": tensor.stride(dim)

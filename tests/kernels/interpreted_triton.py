@@ -194,19 +194,24 @@ def test_inputs_may_be_strided_views():
             torch.testing.assert_close(x, y, rtol=0, atol=1e-5)
 
 
-def test_more_than_two_to_the_31_elements_are_addressed():
+@pytest.mark.parametrize("apart", ["rows", "heads"])
+def test_more_than_two_to_the_31_elements_are_addressed(apart):
     torch.utils.deterministic.fill_uninitialized_memory = False
-    row, n = 1 << 23, 270
-    huge = torch.empty(n * row, dtype=torch.float16)  # reserved, hardly touched
+    far = 1 << (23 if apart == "rows" else 30)
+    n, num_heads = (270, 1) if apart == "rows" else (30, 3)
+    huge = torch.empty(270 << 23, dtype=torch.float16)  # reserved, hardly touched
     torch.utils.deterministic.fill_uninitialized_memory = True
-    views = [huge.as_strided((1, n, 1, 16), (n * row, row, 16, 1), 16 * i) for i in range(3)]
+    row, head = (far, 16) if apart == "rows" else (48, far)
+    views = [
+        huge.as_strided((1, n, num_heads, 16), (n * row, row, head, 1), 16 * i) for i in range(3)
+    ]
     assert (
         sum((size - 1) * step for size, step in zip(views[0].shape, views[0].stride(), strict=True))
         > 2**31
     )
     for seed, x in enumerate(views):
         x.copy_(torch.randn(x.shape, generator=torch.Generator().manual_seed(seed)))
-    band = Band(WindowSpec((2,), (2,), (1,)), 0, (0, n))
+    band = Band(WindowSpec((2,) * num_heads, (2,) * num_heads, (1,) * num_heads), 0, (0, n))
 
     def run(inputs):
         inputs = [x.detach().requires_grad_() for x in inputs]
