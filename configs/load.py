@@ -13,6 +13,7 @@ from typing import Any
 
 import yaml
 from pydantic import BaseModel, ValidationError
+from yaml.error import MarkedYAMLError
 
 from haloformer.configs.models import MODEL_CONFIGS, LedConfig
 from haloformer.configs.schema import PhaseConfig, TrainConfig
@@ -22,6 +23,23 @@ RECIPES = Path(__file__).parent / "recipes"
 
 class ConfigError(ValueError):
     """The recipe cannot be used; the message names every fault and what to do."""
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML in which no key stands twice: YAML itself drops the first without a word."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        seen: set[str] = set()
+        # What is no text cannot be a key, and is refused when the mapping is built.
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if key.value in seen:
+                raise MarkedYAMLError(
+                    problem=f"the key {key.value} stands twice; make one of the two",
+                    problem_mark=key.start_mark,
+                )
+            seen.add(key.value)
+        return node
 
 
 def load_config(recipe: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
@@ -51,8 +69,8 @@ def _read(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
     if path.resolve() in above:
         raise ConfigError(f"{path}: a recipe cannot be its own base; remove the key base")
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raw = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise ConfigError(f"{path}: not readable as YAML: {_one_line(error)}") from error
     if not isinstance(raw, dict):
         raise ConfigError(f"{path}: a recipe is a mapping of sections, not {type(raw).__name__}")

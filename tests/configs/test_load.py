@@ -231,3 +231,24 @@ def test_training_sets_come_alone_or_with_weights(recipe: Path) -> None:
 def test_a_bad_corpus_is_named(recipe: Path, train: str, named: str) -> None:
     with pytest.raises(ConfigError, match=named):
         load_config(recipe, [f"data.train={train}"])
+
+
+def test_a_key_that_stands_twice_is_refused_and_not_dropped(recipe: Path) -> None:
+    recipe.write_text(recipe.read_text() + "data:\n  seq_len: 64\n")
+    with pytest.raises(ConfigError, match=r"the key data stands twice; .* line \d+") as caught:
+        load_config(recipe)
+    assert "\n" not in str(caught.value)
+
+
+def test_yaml_may_still_take_values_over_from_another_mapping(recipe: Path) -> None:
+    text = "eval: &shared {every: 5}\ncheckpoint: {<<: *shared, every: 7}\n"
+    (recipe.parent / "merged.yaml").write_text(f"base: {recipe.name}\n{text}")
+    merged = load_config(recipe.parent / "merged.yaml")
+    assert (merged.checkpoint.every, merged.eval.every) == (7, 5)
+
+
+@pytest.mark.parametrize("text", ["a: " + "[" * 5000, "{[1]: 2}"], ids=["deep", "list as key"])
+def test_what_is_no_yaml_is_named(text: str, recipe: Path) -> None:
+    recipe.write_text(text)
+    with pytest.raises(ConfigError, match="not readable as YAML"):
+        load_config(recipe)
