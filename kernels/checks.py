@@ -68,11 +68,17 @@ def check_segments(name: str, segments: Tensor | None, shape: tuple[int, ...]) -
         raise ValueError(f"{name} is {segments.dtype}; segment ids are integers")
 
 
-def check_dropout(dropout: AttentionDropout | None, num_batch: int, num_globals: int) -> None:
-    """Raise ValueError unless the dropout names every example and every global key."""
+def check_dropout(
+    dropout: AttentionDropout | None, num_batch: int, num_heads: int, num_globals: int
+) -> None:
+    """Raise ValueError unless the dropout names every example, head and global key."""
     if dropout is None:
         return
     check_shape("dropout.sample_ids", dropout.sample_ids, (num_batch,))
+    if dropout.heads is not None and len(dropout.heads) != num_heads:
+        raise ValueError(
+            f"dropout.heads names {len(dropout.heads)} heads, query has {num_heads}; name each once"
+        )
     if num_globals and dropout.global_columns is None:
         raise ValueError("dropout.global_columns is None; give the positions of the global keys")
     if dropout.global_columns is not None:

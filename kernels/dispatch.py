@@ -155,7 +155,7 @@ def sliding_window_attention(
     check_segments("global_segment_ids", global_segment_ids, slots)
     if global_segment_ids is not None and segment_ids is None:
         raise ValueError("global_segment_ids is given without segment_ids; give both or neither")
-    check_dropout(dropout, query.shape[0], num_globals)
+    check_dropout(dropout, query.shape[0], query.shape[2], num_globals)
     band = Band(
         spec,
         offset=0,

@@ -3,7 +3,7 @@
 torch sends fp32 products to MKL, and MKL takes its AVX2 path on processors that are not Intel's.
 oneDNN asks the processor: with AVX-512 it is twice as fast on one (measured: 180 to 240 against 98
 to 110 GFLOP/s per core). Both accumulate in fp32. Everything else (GPUs, other dtypes, float64
-references, functorch) goes to torch.
+references, autocast, torch.compile) goes to torch.
 """
 
 from __future__ import annotations

@@ -199,6 +199,7 @@ def sharded_band(
     rows = {"key": (key, shard.num_rows), "value": (value, shard.num_rows)}
     check_projections(spec, query, {**rows, "global_rows": (global_rows, shard.num_globals)})
     check_shape("query", query, (query.shape[0], shard.num_rows, *query.shape[2:]))
+    check_shape("shard.sample_ids", shard.sample_ids, (query.shape[0],))
     kernel = choose_kernel(backend, query, key, Band(spec, 0, (0, shard.num_rows)))
     heads = range(first_head, first_head + spec.num_heads)
     band_dropout = _dropout(dropout.band if dropout else None, shard, heads)

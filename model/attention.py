@@ -44,10 +44,9 @@ class LongformerSelfAttention(WindowedAttention):
         dropout: float,
         std: float,
         tensor_group: ProcessGroup | None,
-        backend: str = "auto",
     ) -> None:
         super().__init__()
-        self.layer, self.dropout, self.backend = layer, dropout, backend
+        self.layer, self.dropout = layer, dropout
         self.head_dim = hidden_size // spec.num_heads
         self.set_window(spec, tensor_group)
 
@@ -98,7 +97,6 @@ class LongformerSelfAttention(WindowedAttention):
             shard,
             dropout=sites,
             first_head=self.first_head,
-            backend=self.backend,
         )
         output: Tensor = self.output(attended.flatten(2))
         return output

@@ -88,6 +88,10 @@ def test_auto_logs_its_choice_once(caplog):
         ({"global_key": torch.ones(2, 1, 2, 4)}, "give both or neither"),
         ({"global_segment_ids": torch.ones(2, 0, dtype=torch.int64)}, "without segment_ids"),
         ({"dropout": AttentionDropout(0.1, 1, torch.arange(3))}, "dropout.sample_ids has shape"),
+        (
+            {"dropout": AttentionDropout(0.1, 1, torch.arange(2), heads=(0,))},
+            "dropout.heads names 1 heads, query has 2",
+        ),
         ({"backend": "flash"}, "backend 'flash' is not one of auto, chunks, triton, loop"),
         ({"backend": "triton"}, "backend 'triton' cannot run: "),
     ],

@@ -18,6 +18,7 @@ from haloformer.kernels.sharded import (
     DropoutSite,
     SequenceShard,
     sharded_attention,
+    sharded_band,
 )
 from haloformer.kernels.spec import WindowSpec
 
@@ -230,6 +231,14 @@ BAD_CALLS = {
         "dropout": AttentionDropoutSites(DropoutSite(0.1, 1), DropoutSite(1.5, 2))
     },
 }
+
+
+def test_a_shard_of_another_batch_is_refused():
+    shard = SequenceShard(group=None, rank=0, world_size=1, **SHARD)
+    x = torch.ones(2, 8, 2, 4)
+    spec = WindowSpec((1, 1), (1, 1), (1, 2))
+    with pytest.raises(ValueError, match=r"sample_ids has shape \(1,\); it must be \(2,\)"):
+        sharded_band(x, x, x, x[:, :2], spec, shard)
 
 
 def refuse(rank, world_size):
