@@ -53,7 +53,8 @@ def expand(inputs: Sequence[Path], rule: FileRule) -> list[InputFile]:
     """Expand files and folders into the list of files to read, in a fixed order.
 
     Raises:
-        DataError: If a path is missing, a folder holds no file of the format, or a file is empty.
+        DataError: If a path is missing, a folder cannot be read or holds no file of the format,
+            or a file is empty.
     """
     found: list[InputFile] = []
     for given in inputs:
@@ -77,7 +78,7 @@ def _files_below(folder: Path, rule: FileRule) -> list[Path]:
     suffixes = tuple(s + c for s in rule.suffixes for c in ("", *COMPRESSED))
     found = [
         Path(place) / name
-        for place, _, names in os.walk(folder)
+        for place, _, names in os.walk(folder, onerror=_refuse_unreadable)
         for name in names
         if name.lower().endswith(suffixes)
     ]
@@ -92,6 +93,15 @@ def _files_below(folder: Path, rule: FileRule) -> list[Path]:
             remedy="name the files themselves, or another --format",
         )
     return sorted(found, key=rule.order)
+
+
+def _refuse_unreadable(fault: OSError) -> None:
+    """``os.walk`` would leave such a folder out without a word."""
+    raise DataError(
+        f"the folder cannot be read ({fault.strerror})",
+        file=fault.filename,
+        remedy="make it readable, or name with --input what shall be read",
+    ) from fault
 
 
 def decompressed(raw: io.BufferedIOBase, path: Path) -> io.BufferedIOBase:

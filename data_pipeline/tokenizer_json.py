@@ -133,7 +133,14 @@ def tokenizer_sha256_of(folder: Path) -> str | None:
     with tempfile.TemporaryDirectory() as scratch:
         Path(scratch, "vocab.json").write_text(json.dumps(vocab), "utf-8")
         Path(scratch, "merges.txt").write_text(merges, "utf-8")
-        return _sha256(load_bpe(Path(scratch)))
+        try:
+            return _sha256(load_bpe(Path(scratch)))
+        except DataError as fault:
+            # The two files are gone when the message is read.
+            told = str(fault)
+            for name in ("vocab.json", "merges.txt"):
+                told = told.replace(str(Path(scratch, name)), str(path))
+            raise DataError(told) from fault
 
 
 def _sha256(tokenizer: BpeTokenizer) -> str:

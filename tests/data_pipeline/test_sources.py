@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import bz2
 import gzip
+import os
+import shutil
 import time
 import tracemalloc
 from pathlib import Path
@@ -201,3 +203,18 @@ def test_a_long_hostile_line_stays_and_costs_linear_time(line: str) -> None:
 )
 def test_a_heading_is_its_title(line: str, title: str) -> None:
     assert clean_wikitext(line) == title
+
+
+def test_a_folder_that_cannot_be_read_is_named_and_not_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a.txt").write_text("A")
+    monkeypatch.chdir(tmp_path)
+    for _ in range(20):  # deeper than a path may be long, which stops root as well
+        os.mkdir("d" * 250)
+        os.chdir("d" * 250)
+    try:
+        with pytest.raises(DataError, match=r"cannot be read .File name too long.; "):
+            find_inputs([tmp_path], "text")
+    finally:
+        shutil.rmtree(tmp_path / ("d" * 250))

@@ -5,9 +5,11 @@ import random
 import pytest
 from tokenizers import Tokenizer as Engine
 
+from haloformer.data_pipeline.errors import DataError
 from haloformer.data_pipeline.tokenizer_json import (
     byte_characters,
     fast_tokenizer,
+    tokenizer_sha256_of,
     write_for_transformers,
 )
 from haloformer.data_pipeline.tokenizers import ByteTokenizer, load_bpe, train_bpe
@@ -52,3 +54,12 @@ def test_every_byte_has_its_own_character():
     assert len(set(characters)) == 256
     assert characters[ord("A")] == "A" and characters[32] == "\u0120"
     assert len(fast_tokenizer(ByteTokenizer()).encode("a b").ids) == 5
+
+
+def test_a_vocabulary_without_our_specials_is_named_by_the_file_that_has_it(tmp_path):
+    engine = fast_tokenizer(ByteTokenizer())
+    path = tmp_path / "tokenizer.json"
+    path.write_text(engine.to_str().replace('"<mask>"', '"<blank>"'))
+    with pytest.raises(DataError, match=rf"^{path}: the vocabulary lacks <mask>; ") as caught:
+        tokenizer_sha256_of(tmp_path)
+    assert "vocab.json" not in str(caught.value)
