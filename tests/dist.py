@@ -22,6 +22,7 @@ import inspect
 import multiprocessing
 import os
 import pickle
+import signal
 import sys
 import tempfile
 import time
@@ -167,7 +168,10 @@ def _child(
             )
             result = fn(rank, world_size, *pickle.loads(target[3]))
             pipe.send(("ok", pickle.dumps(result)))
-            torch.distributed.destroy_process_group()
+            # A rank that left would cut its connections, which a slow one may still be making.
+            # The caller ends all of them when all have answered; the alarm does if it is gone.
+            while True:
+                signal.pause()
         except BaseException:
             pipe.send(("error", traceback.format_exc().encode()))
         finally:

@@ -29,8 +29,8 @@ from haloformer.configs.schema import TrackingConfig, TrainConfig
 from haloformer.launcher import rank_main, tracking
 from haloformer.launcher.catalog import Catalog, folder_of
 from haloformer.launcher.known_runs import KnownRun, read_known, start_run
-from haloformer.launcher.launch import choose_port
 from haloformer.launcher.run_dir import Orders, Plan, RunDir
+from ports import port_of_our_own
 
 BEFORE_THE_FORK = (sqlalchemy_store,)  # MLflow would import it in every rank, for a second
 ATTEMPT = "life"
@@ -140,7 +140,7 @@ class Runner:
             )
         )
         self.run_dir.write_orders(Orders(ATTEMPT, stop=False))
-        port = choose_port(None)
+        port = port_of_our_own()
         running = {}
         for rank in range(num_ranks):
             pid = fork(lambda rank=rank: self._be_rank(rank, num_ranks, port, prepare))

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections import deque
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -17,8 +18,9 @@ from pathlib import Path
 import boto3
 from moto.server import ThreadedMotoServer
 
-from haloformer.launcher.launch import choose_port
+from ports import port_of_our_own
 
+_UP_S = 300.0
 _RANGE = re.compile(r"bytes=(\d+)-(\d+)")
 S3_KEYS = {
     "AWS_ACCESS_KEY_ID": "test",
@@ -155,7 +157,7 @@ class TrackingServer:
     def __init__(self, folder: Path, s3_url: str | None = None, bucket: str = "") -> None:
         self.folder, self._s3_url = folder, s3_url
         self._artifacts = f"{folder}/served" if s3_url is None else f"s3://{bucket}/artifacts"
-        self._port = choose_port(None)
+        self._port = port_of_our_own()
         self._process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -179,11 +181,13 @@ class TrackingServer:
             self._process = subprocess.Popen(
                 command, env=environment, stdout=output, stderr=output, start_new_session=True
             )
+        deadline = time.monotonic() + _UP_S
         while True:
             # A line of the log, so that nobody guesses how long it takes.
             if "Application startup complete" in log.read_text(errors="replace"):
                 return
-            assert self._process.poll() is None, log.read_text(errors="replace")
+            up = self._process.poll() is None and time.monotonic() < deadline
+            assert up, log.read_text(errors="replace")
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._process.wait(0.05)
 

@@ -18,6 +18,7 @@ def sum_of_ranks(rank, world_size, start):
 def fail_on_one(rank, world_size, pid_file):
     with open(f"{pid_file}{rank}", "w") as file:
         file.write(str(os.getpid()))
+    torch.distributed.barrier()  # both are written
     if rank == 1:
         raise ValueError("rank one is unwell")
     torch.distributed.barrier()

@@ -15,6 +15,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -111,6 +112,9 @@ def _be_a_rank(run_dir: RunDir, attempt: str, word: str, rank: int) -> int:
     pulse = Pulse(run_dir, rank, attempt, asked.set)
     pulse.start()
     pulse.at_step(1)
+    # All at once, as a collective would have it: what is reported must not be who started first.
+    while len(run_dir.read_beats(attempt)) < run_dir.read_plan().world_size:
+        time.sleep(0.01)  # a poll interval; nothing depends on its length
     if word == "die":
         os.kill(os.getpid(), signal.SIGKILL)
     if word == "hang":

@@ -6,6 +6,7 @@ import gc
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 
@@ -172,11 +173,15 @@ def test_an_error_waits_until_all_workers_rest() -> None:
     workers.close()
 
 
-def prefetch_threads() -> list[threading.Thread]:
-    return [t for t in threading.enumerate() if t.name.startswith(("prefetch", "data-"))]
+@pytest.fixture
+def prefetch_threads() -> Callable[[], list[threading.Thread]]:
+    """Lists the threads of this test's streams; one that another test left is not ours."""
+    others = set(threading.enumerate())
+    names = ("prefetch", "data-")
+    return lambda: [t for t in set(threading.enumerate()) - others if t.name.startswith(names)]
 
 
-def test_closing_ends_the_threads_even_when_the_queue_is_full(observed) -> None:
+def test_closing_ends_the_threads_even_when_the_queue_is_full(prefetch_threads, observed) -> None:
     ahead = Prefetcher(observed, 1)
     ahead.next_batch()
     assert all(observed.made.acquire(timeout=WAIT) for _ in range(2))
@@ -186,7 +191,9 @@ def test_closing_ends_the_threads_even_when_the_queue_is_full(observed) -> None:
     assert not prefetch_threads()
 
 
-def test_a_stream_that_nobody_holds_ends_its_threads(make_dataset, make_config) -> None:
+def test_a_stream_that_nobody_holds_ends_its_threads(
+    make_dataset, make_config, prefetch_threads
+) -> None:
     folder = make_dataset([40, 3, 120, 1, 17])
     ahead = Prefetcher(TrainStream(folder, make_config(workers=2), **PLACE), 1)
     ahead.next_batch()
@@ -199,7 +206,9 @@ def test_a_stream_that_nobody_holds_ends_its_threads(make_dataset, make_config) 
     assert not prefetch_threads()
 
 
-def test_a_stream_that_is_collected_by_its_own_thread_ends_it(make_dataset, make_config) -> None:
+def test_a_stream_that_is_collected_by_its_own_thread_ends_it(
+    make_dataset, make_config, prefetch_threads
+) -> None:
     holders: list[Prefetcher] = []
     given = threading.Event()
 

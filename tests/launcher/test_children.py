@@ -8,15 +8,18 @@ from mlflow import MlflowClient
 
 from haloformer.configs.load import parse_config
 from haloformer.configs.schema import TrackingConfig
+from haloformer.launcher import tracker as tracker_module
 from haloformer.launcher import tracking
 from haloformer.launcher.children import PARENT_TAG, Children
 from haloformer.launcher.known_runs import KnownRun, find_runs, read_known, start_run
-from haloformer.launcher.launch import choose_port
 from haloformer.launcher.sender import Sender
 from haloformer.launcher.spool import Spool
 from haloformer.launcher.sync import deliver
 from haloformer.launcher.tracker import Tracker
 from launcher_runs import TINY
+from ports import away
+
+PATIENCE_S = 120.0
 
 CONFIG = parse_config(
     {
@@ -40,6 +43,12 @@ def database(tmp_path_factory) -> str:
 def run(database: str, tmp_path: Path) -> KnownRun:
     config = TrackingConfig(artifacts=str(tmp_path / "artifacts"), experiment=tmp_path.name)
     return start_run(tracking.connect(database), database, config, "tiny", tmp_path / "runs")
+
+
+@pytest.fixture(autouse=True)
+def patient(monkeypatch) -> None:
+    """A run does not wait long for MLflow at its end; what it sends is what is tested here."""
+    monkeypatch.setattr(tracker_module, "_PATIENCE_S", PATIENCE_S)
 
 
 def folder_of(run: KnownRun, tmp_path: Path) -> Path:
@@ -132,7 +141,7 @@ def test_a_killed_run_goes_on_in_the_same_children(run, tmp_path: Path, died_aft
         first.begin_phase(LONG)
         log(first, range(5, died_after + 1))
     first._sampler.stop()
-    first._sender.finish(60.0)
+    first._sender.finish(PATIENCE_S)
     Spool(folder).add_status("FAILED")  # the launcher's word
     deliver(folder)
     named = children(run)
@@ -166,13 +175,13 @@ def test_going_back_into_a_phase_that_was_done_opens_it_again(run, tmp_path: Pat
 def test_a_run_that_began_without_its_server_gets_its_children_when_it_is_back(
     database: str, tmp_path: Path
 ) -> None:
-    away = f"http://127.0.0.1:{choose_port(None)}"
     config = TrackingConfig(experiment=tmp_path.name, artifacts=str(tmp_path / "served"))
-    run = start_run(None, away, config, "tiny", tmp_path / "runs")
-    folder = folder_of(run, tmp_path)
-    tracker = Tracker(folder, None, [SHORT, LONG])
-    replace(run, tracking_uri=database).save(folder)
-    finish(tracker, 1)
+    with away() as url:
+        run = start_run(None, url, config, "tiny", tmp_path / "runs")
+        folder = folder_of(run, tmp_path)
+        tracker = Tracker(folder, None, [SHORT, LONG])
+        replace(run, tracking_uri=database).save(folder)
+        finish(tracker, 1)
     deliver(folder)
     known = read_known(folder)
     assert known is not None

@@ -19,13 +19,16 @@ from haloformer.launcher.launch import (
     signal_ranks,
 )
 from haloformer.launcher.run_dir import RunDir
+from ports import port_of_our_own
 
 
 def test_a_taken_port_is_refused_by_number() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
-        with pytest.raises(LaunchError, match=f"--master-port {port}: Address already in use"):
-            choose_port(port)
+    port = port_of_our_own()
+    with (
+        socket.create_server(("127.0.0.1", port)),
+        pytest.raises(LaunchError, match=f"--master-port {port}: Address already in use"),
+    ):
+        choose_port(port)
     assert choose_port(port) == port
 
 
