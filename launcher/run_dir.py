@@ -7,6 +7,7 @@ opens them the last ones, while a file that appears or is renamed may take it a 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -141,9 +142,10 @@ class RunDir:
         """Rank -> process id, of the ranks that have announced themselves."""
         pids = {}
         for file in sorted((self.path / "ranks").glob("*.pid")):
-            text = file.read_text(encoding="ascii")
-            if text:  # a rank may be writing it just now
-                pids[int(file.stem)] = int(text)
+            with contextlib.suppress(FileNotFoundError):  # forgotten: the ranks start again
+                text = file.read_text(encoding="ascii")
+                if text:  # a rank may be writing it just now
+                    pids[int(file.stem)] = int(text)
         return pids
 
     def write_orders(self, orders: Orders) -> None:

@@ -40,6 +40,15 @@ def test_ranks_of_an_earlier_start_are_forgotten(tmp_path: Path) -> None:
     assert run_dir.rank_pids() == {}
 
 
+def test_a_rank_that_is_forgotten_while_ranks_are_listed_is_left_out(tmp_path: Path) -> None:
+    """The launcher starts the ranks again while somebody else looks."""
+    run_dir = RunDir(tmp_path)
+    run_dir.create()
+    run_dir.announce_rank(0)
+    (tmp_path / "ranks" / "1.pid").symlink_to("gone")  # listed, and not there when it is read
+    assert run_dir.rank_pids() == {0: os.getpid()}
+
+
 def test_the_state_is_unknown_until_it_is_written(tmp_path: Path) -> None:
     run_dir = RunDir(tmp_path)
     assert run_dir.read_state() is None
