@@ -40,13 +40,18 @@ def hidden_dropout(
     if rate == 0.0:
         return x
     bases = hash_bases(key, sample_ids, (0,))
-    if x.is_cuda and can_run_here(x.device.type) is None:
+    if by_triton(x):
         dropped: Tensor = drop_by_triton(x, bases, rate, first_row, first_column)
         return dropped
     rows = torch.arange(first_row, first_row + x.shape[1], device=x.device)
     columns = torch.arange(first_column, first_column + x.shape[2], device=x.device)
     keep = keep_mask(bases[:, :, None], rows[None, :, None], columns[None, None, :], rate)
     return torch.where(keep, x * (1.0 / (1.0 - rate)), 0.0)
+
+
+def by_triton(x: Tensor) -> bool:
+    """Whether the kernel computes ``x``; it works in float32, which would not do for float64."""
+    return x.is_cuda and x.dtype != torch.float64 and can_run_here(x.device.type) is None
 
 
 @torch.library.custom_op("haloformer::hidden_dropout", mutates_args=())

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from haloformer.kernels.dropout import (
     AttentionDropout,
@@ -9,7 +10,7 @@ from haloformer.kernels.dropout import (
     hash_bases,
     keep_mask,
 )
-from haloformer.kernels.hidden_dropout import hidden_dropout
+from haloformer.kernels.hidden_dropout import by_triton, hidden_dropout
 
 IDS = torch.tensor([0, 1, 7, 2**40])
 
@@ -76,6 +77,15 @@ def test_a_shard_of_hidden_states_drops_what_the_whole_would():
     scaled = x / 0.6
     assert ((whole == 0) | ((whole - scaled).abs() < 1e-6)).all() and (whole == 0).any()
     assert hidden_dropout(x, 0.0, 9, IDS) is x
+
+
+def test_float64_on_a_gpu_is_not_rounded_by_the_kernel():
+    with FakeTensorMode():  # of a GPU that need not be there
+        of_gpu = {
+            x: torch.empty(1, 2, 3, dtype=x, device="cuda") for x in (torch.half, torch.double)
+        }
+    assert by_triton(of_gpu[torch.half]) and not by_triton(of_gpu[torch.double])
+    assert not by_triton(torch.empty(1, 2, 3))
 
 
 @pytest.mark.parametrize("rate", [-0.1, 1.0, 2.0])
