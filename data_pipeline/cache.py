@@ -4,7 +4,8 @@
           locks/3f            held while a block whose key starts so is fetched: once per host
           3f/3fa09c...        sha256 of key and content, then the content
 
-Nothing in it is trusted: a block whose checksum is wrong counts as absent and is fetched again.
+Nothing in it is trusted: a block whose checksum is wrong counts as absent and is fetched again. Nor
+is it needed: where it cannot be read or written, that is said once, and blocks are fetched.
 """
 
 from __future__ import annotations
@@ -59,6 +60,9 @@ class BlockCache:
             os.utime(path)  # what is used stays
         except FileNotFoundError:  # dropped just now, by another rank
             return None
+        except OSError as fault:
+            self._warn(fault)
+            return None
         return content
 
     def put(self, key: str, content: bytes) -> None:
@@ -79,19 +83,35 @@ class BlockCache:
                 temporary.write_bytes(_digest(key, content) + content)
                 temporary.replace(path)
         except OSError as fault:
-            if not self._warned:
-                _log.warning("cache %s: a block could not be kept (%s)", self._folder, fault)
-            self._warned = True
+            self._warn(fault)
 
     def drop(self, key: str) -> None:
         """Forget a block."""
-        self._path(key).unlink(missing_ok=True)
+        try:
+            self._path(key).unlink(missing_ok=True)
+        except OSError as fault:
+            self._warn(fault)
 
     @contextlib.contextmanager
     def filling(self, key: str) -> Iterator[None]:
         """Keep the other ranks from fetching the same block; look for it once more inside."""
-        with _locked(self._folder / "locks" / key[:2]):
+        with contextlib.ExitStack() as held:
+            try:
+                held.enter_context(_locked(self._folder / "locks" / key[:2]))
+            except OSError as fault:  # then several ranks fetch it
+                self._warn(fault)
             yield
+
+    def _warn(self, fault: OSError) -> None:
+        """Tell the first fault: what is wrong with one block is wrong with all."""
+        if not self._warned:
+            _log.warning(
+                "cache %s: blocks cannot be kept there (%s) and are fetched again; see to its "
+                "disk, or name another folder with data.cache.path",
+                self._folder,
+                fault,
+            )
+        self._warned = True
 
     def _path(self, key: str) -> Path:
         return self._folder / key[:2] / key

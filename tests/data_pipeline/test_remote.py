@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -163,6 +164,26 @@ def test_damage_in_the_cache_is_fetched_again(data: Path, web, tmp_path: Path) -
     before = len(web.ranges_of(""))
     assert documents(load_index(remote_store(url, cache))) == expected
     assert len(web.ranges_of("")) - before == 3 + 1  # and one byte, to see that ranges are served
+
+
+@pytest.mark.parametrize("instead", ["nothing", "files"])
+def test_a_cache_that_goes_away_is_told_once_and_costs_no_document(
+    instead: str, data: Path, web, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Somebody tidies up ~/.cache while ranks train."""
+    cache = tmp_path / "cache"
+    index = load_index(remote_store(f"{web.url}/train", cache))
+    expected = documents(load_index(data))
+    assert documents(index) == expected
+    index.store.close()  # blocks in memory would hide what is missing
+    folders = [path for path in cache.iterdir() if path.is_dir()]
+    shutil.rmtree(cache)
+    if instead == "files":
+        cache.mkdir()
+        for path in folders:
+            path.touch()
+    assert documents(index) == expected
+    assert len([line for line in caplog.messages if str(cache) in line]) == 1
 
 
 def test_what_was_cached_wrong_is_fetched_again(data: Path, web, tmp_path: Path) -> None:
