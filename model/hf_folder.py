@@ -126,10 +126,14 @@ def _weight_files(folder: Path) -> list[Path]:
 
 
 def _conversion(folder: Path) -> str:
-    named = read_config(folder).get("architectures")
-    first = named[0] if isinstance(named, list) and named else ""
-    # The line is there to be run, so nothing else from the folder may get into it.
-    cls = first if isinstance(first, str) and first.isidentifier() else "AutoModel"
+    raw = read_config(folder)
+    named = raw.get("architectures")
+    cls = named[0] if isinstance(named, list) and named else ""
+    # The line is there to be run, so nothing but a name may get into it.
+    if not (isinstance(cls, str) and cls.isidentifier()):
+        # AI2's published Longformers name no class; AutoModel would leave their head behind.
+        masked = raw.get("model_type") in ("longformer", "roberta")
+        cls = "AutoModelForMaskedLM" if masked else "AutoModel"
     return (
         f'python -c "import transformers as t; '
         f"t.{cls}.from_pretrained('{folder}').save_pretrained('{folder}-safetensors')\""
