@@ -57,10 +57,20 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.gpus_per_node < 1:
         raise ValueError(f"--gpus-per-node {arguments.gpus_per_node} is less than 1")
     check_world(config, arguments.world)
+    for path in (arguments.json, arguments.png):
+        if path is not None and not path.parent.is_dir():
+            raise ValueError(f"there is no folder {path.parent} to write {path.name} in; make it")
     vocab = _vocab(config) if arguments.vocab is None else arguments.vocab
+    if vocab < 1:
+        raise ValueError(f"--vocab {vocab} is less than 1")
+    shortest = min(phase.config.data.seq_len for phase in config.all_phases())
     num_globals = arguments.globals
     if num_globals is None:
         num_globals = int(config.data.global_tokens == "first")
+    if not 0 <= num_globals <= shortest:
+        raise ValueError(
+            f"--globals {num_globals} is no number of tokens of a sequence; give 0 to {shortest}"
+        )
     device = DEVICES[arguments.device]
     cluster = Cluster(arguments.world, arguments.gpus_per_node, device, Shares())
     report, own = forecast(config, vocab, num_globals, cluster)

@@ -126,11 +126,11 @@ def layouts(config: TrainConfig, model: Model, recipe: Split, cluster: Cluster) 
 def ranked(
     config: TrainConfig, model: Model, recipe: Split, num_globals: int, cluster: Cluster
 ) -> list[Judged]:
-    """Layouts that fit, fastest first."""
-    found = (
-        judge(config, model, split, num_globals, cluster)
-        for split in layouts(config, model, recipe, cluster)
-    )
+    """Layouts that fit, fastest first; the recipe's is among them even if it is an odd one."""
+    splits = list(layouts(config, model, recipe, cluster))
+    if recipe not in splits:  # its tensor ranks sit on several nodes, for example
+        splits.append(recipe)
+    found = (judge(config, model, split, num_globals, cluster) for split in splits)
     return sorted((one for one in found if one.fits), key=lambda one: one.time.total)
 
 

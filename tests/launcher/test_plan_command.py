@@ -40,6 +40,14 @@ def test_a_plan_has_every_phase_and_marks_the_recipes_layout(path, tmp_path, cap
     assert [row["world"] for row in report["weak_scaling"]][-1] == 1024
 
 
+def test_a_recipe_whose_tensor_ranks_sit_on_several_nodes_is_ranked_too(path, tmp_path):
+    out = tmp_path / "plan.json"
+    words = ["parallel.tensor=4", "parallel.context=1", "--world", "4", "--gpus-per-node", "2"]
+    assert main(["plan", str(path), *words, "--vocab", str(VOCAB), "--json", str(out)]) == 0
+    (own,) = [one for one in json.loads(out.read_text())["layouts"] if one["is_recipe"]]
+    assert own["tensor"] == 4
+
+
 def test_a_plan_needs_no_torch(path):
     words = ["plan", str(path), "--world", "2", "--vocab", str(VOCAB)]
     code = (
@@ -55,6 +63,11 @@ def test_a_plan_needs_no_torch(path):
         (["--world", "3", "--vocab", "9"], "is not a multiple of parallel.context"),
         (["--world", "4"], "--vocab"),
         (["--world", "4", "--vocab", "9", "--gpus-per-node", "0"], "--gpus-per-node 0"),
+        (["--world", "4", "--vocab", "0"], "--vocab 0 is less than 1"),
+        (["--world", "4", "--vocab", "9", "--globals", "-1"], "--globals -1 is no number"),
+        (["--world", "4", "--vocab", "9", "--globals", "129"], "give 0 to 128"),
+        (["--world", "4", "--vocab", "9", "--json", "no/p.json"], "there is no folder no"),
+        (["--world", "4", "--vocab", "9", "--png", "no/p.png"], "there is no folder no"),
     ],
 )
 def test_wrong_input_is_named(words, said, path, capsys):
