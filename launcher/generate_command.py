@@ -81,7 +81,10 @@ def run(arguments: argparse.Namespace) -> int:
                 done += len(batch)
                 progress.show(done)
     except KeyboardInterrupt:
-        kept = "" if arguments.output is None else f"; they are in {arguments.output}"
+        kept = ""
+        if arguments.output is not None:
+            done = _num_written(arguments.output)
+            kept = f"; they are in {arguments.output}"
         print(f"stopped after {done} of {total} documents{kept}", file=sys.stderr)
         return 130
     seconds = time.perf_counter() - start
@@ -149,6 +152,14 @@ def _check_documents(path: Path, summarizer: Summarizer, may_cut: bool) -> int:
     if total == 0:
         raise ValueError(f"{path}: holds no document")
     return total
+
+
+def _num_written(path: Path) -> int:
+    """Answers in a file: Ctrl-C may come when one is written and not yet counted."""
+    if not path.exists():
+        return 0
+    with path.open("rb") as file:
+        return sum(1 for _ in file)
 
 
 def _is_json(arguments: argparse.Namespace) -> bool:

@@ -15,9 +15,11 @@ import transformers
 import hf_peers
 from haloformer.data_pipeline.tokenizer_json import write_for_transformers
 from haloformer.data_pipeline.tokenizers import ByteTokenizer
+from haloformer.launcher import generate_command
 from haloformer.launcher.cli import main
 from haloformer.launcher.summarizer import open_summarizer
 from haloformer.model.generate import SearchSettings
+from launcher_runs import LIMIT_S
 
 SIZES = {**hf_peers.LED, "vocab_size": ByteTokenizer.vocab_size}
 DOCUMENTS = ["Long reports make short summaries.", "", "Zwei Größen: n und w.", "a b a b a b a b"]
@@ -107,23 +109,45 @@ def test_ctrl_c_keeps_what_is_done(led, tmp_path):
     asked, output = tmp_path / "asked.txt", tmp_path / "answers.jsonl"
     asked.write_text("a document of some length\n" * 20000)
     command = ["generate", str(led), "--input", str(asked), "--output", str(output)]
-    process = subprocess.Popen(
+    with subprocess.Popen(
         [sys.executable, "-m", "haloformer.launcher.cli", *command],
         stderr=subprocess.PIPE,
         text=True,
         # A shell that runs the tests in the background has them ignore the signal.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
-    deadline = time.monotonic() + 60
-    while not (output.exists() and output.stat().st_size):
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.01)  # a poll interval; nothing depends on its length
-    process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=60)
+    ) as process:
+        try:
+            deadline = time.monotonic() + LIMIT_S
+            while not (output.exists() and output.stat().st_size):
+                assert process.poll() is None and time.monotonic() < deadline
+                time.sleep(0.01)  # a poll interval; nothing depends on its length
+            process.send_signal(signal.SIGINT)
+            _, said = process.communicate(timeout=LIMIT_S)
+        finally:
+            process.kill()  # if it is still there
     assert process.returncode == 130
     done = [json.loads(line)["line"] for line in output.read_text().splitlines()]
     assert done == list(range(1, len(done) + 1)) and 0 < len(done) < 20000
     assert f"stopped after {len(done)} of 20000 documents; they are in {output}" in said
+
+
+def test_ctrl_c_between_two_answers_of_a_batch_counts_what_is_in_the_file(
+    led, tmp_path, capsys, monkeypatch
+):
+    asked, output = tmp_path / "asked.txt", tmp_path / "answers.jsonl"
+    asked.write_text("one\ntwo\nthree\n")
+    line = generate_command._line
+
+    def interrupted(asked, text, as_json):
+        if asked.line == 2:
+            raise KeyboardInterrupt
+        return line(asked, text, as_json)
+
+    monkeypatch.setattr(generate_command, "_line", interrupted)
+    words = ["--input", str(asked), "--output", str(output), "--batch", "3", "--max-length", "4"]
+    assert main(["generate", str(led), *words]) == 130
+    assert len(output.read_text().splitlines()) == 1
+    assert f"stopped after 1 of 3 documents; they are in {output}" in capsys.readouterr().err
 
 
 def test_wrong_input_is_one_line_and_exit_2(led, tmp_path, capsys):
