@@ -74,7 +74,7 @@ class Messages:
                 tensor = args[place] if place < len(args) else kwargs[keyword]
                 groups = [a for a in args if isinstance(a, dist.ProcessGroup)]
                 self.count(kwargs.get("group", groups[0] if groups else None), name, tensor)
-                return _blocking(saved[name], args, kwargs)
+                return _collective(saved[name], args, kwargs)
 
             return counted
 
@@ -94,20 +94,43 @@ class Messages:
                 setattr(dist, name, call)
 
 
-def _blocking(call, args, kwargs, timeout=10.0):
-    """A collective, and the moment after it until gloo's thread has let go of its tensors too.
+def _collective(call, args, kwargs):
+    """A collective after which gloo's thread has let go of its tensors, too.
 
-    That thread may drop its references after a blocking call returned. If they are the last ones,
-    memory is freed where the profiler, which sees one thread, does not see it, and counts as held.
+    That thread may drop its references after the wait is over. If they are the last ones, memory
+    is freed where the profiler, which sees one thread, does not see it, and counts as held.
     """
-    tensors = [arg for arg in (*args, *kwargs.values()) if torch.is_tensor(arg)]
-    holds = [(tensor, tensor._use_count()) for tensor in tensors]
+    holds = []
+    for arg in (*args, *kwargs.values()):
+        tensors = arg if isinstance(arg, list) else [arg]
+        holds += [(x, x._use_count()) for x in tensors if torch.is_tensor(x)]
     work = call(*args, **kwargs)
+    if work is not None:
+        return _Work(work, holds)
+    _wait_for_gloo(holds)
+    return None
+
+
+class _Work:
+    """What an asynchronous collective returns; DeepSpeed does nothing with it but wait."""
+
+    def __init__(self, work, holds):
+        self._work, self._holds = work, holds
+
+    def wait(self):
+        """Wait as torch's own does, then for gloo's thread; this object holds nothing any more."""
+        if self._work is not None:
+            self._work.wait()
+            self._work = None
+            _wait_for_gloo(self._holds)
+            self._holds = []
+
+
+def _wait_for_gloo(holds, timeout=60.0):
     deadline = time.monotonic() + timeout
-    while work is None and any(tensor._use_count() > before for tensor, before in holds):
+    while any(tensor._use_count() > before for tensor, before in holds):
         assert time.monotonic() < deadline, "gloo never let go of a tensor"
         os.sched_yield()
-    return work
 
 
 def allocations(profile):

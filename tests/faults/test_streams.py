@@ -1,5 +1,6 @@
 """The untimed parts of streams.py, in a process of its own, because audit hooks stay for good."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +18,7 @@ spec.loader.exec_module(streams)
 class Leaking:
     kept = []
     def next_batch(self):
-        self.kept.append(bytearray(b"x" * 20_000))
+        self.kept.append(bytearray(b"x" * 24_000))
     def state_dict(self):
         return {{"0": [0, 0, 0, 0]}}
 
@@ -39,4 +40,6 @@ def test_memory_is_flat_and_resume_costs_the_same_everywhere() -> None:
 def test_a_leak_is_seen() -> None:
     done = run("-c", LEAK)
     assert done.returncode == 0, f"check_memory held: {done.stdout}{done.stderr}"
-    assert "memory: step 2000: +19" in done.stdout
+    growth = re.search(r"memory: step 2000: \+([\d.]+) MiB", done.stdout)
+    # Linux counts the pages of a process to some dozens for each core.
+    assert growth is not None and 18 < float(growth[1]) < 28, done.stdout  # 22.9 are kept
