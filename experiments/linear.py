@@ -70,6 +70,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=7, help="timed turns of every length")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder of JSON and PNG")
     arguments = parser.parse_args()
+    arguments.output.mkdir(parents=True, exist_ok=True)  # now, and not when all is measured
     lengths = sorted(arguments.tokens)
     seconds = time_steps(lengths, arguments.rounds)
     medians = [statistics.median(x) for x in seconds]

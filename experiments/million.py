@@ -150,6 +150,7 @@ def main() -> int:
     parser.add_argument("--ranks", type=int, default=4)
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder of JSON and PNG")
     arguments = parser.parse_args()
+    arguments.output.mkdir(parents=True, exist_ok=True)  # now, and not when all is measured
     lengths, ranks = sorted(arguments.tokens), arguments.ranks
     points, faults = measure_all(lengths, ranks)
     picture(points, ranks, arguments.output / "million.png")
