@@ -98,6 +98,10 @@ def run_attempt(
         used: Hosts, each with the ranks it gets.
         signals: Open; what is asked of the launcher.
     """
+    # What a run that is asked to stop before its ranks are up comes to: nothing failed.
+    unbegun = Ending(0, ("stopped", 0 if plan.resume_step is None else plan.resume_step), None)
+    if signals.count > 0:
+        return unbegun
     attempt, ranks = secrets.token_hex(4), ranks_of(used)
     run_dir.create()
     run_dir.write_plan(plan)
@@ -126,9 +130,7 @@ def run_attempt(
         fault = watch.conclude()
     state = run_dir.read_state()
     if signals.count > 0 and not run_dir.read_beats(attempt):
-        # They were asked to stop before they were up; nothing was begun, so nothing failed.
-        before = 0 if plan.resume_step is None else plan.resume_step
-        return Ending(0, ("stopped", before), None)
+        return unbegun
     if fault is None and state is None:
         fault = Fault("the ranks ended without a word")
     return Ending(0 if fault is None else fault.code, state, fault)

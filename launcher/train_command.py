@@ -66,14 +66,17 @@ def run(arguments: argparse.Namespace) -> int:
     vocab_size = check_data(config)
     used = fill(cluster.hosts, ranks)
     cluster.check(used)
+    uri = tracking.tracking_uri(config.tracking, os.environ.get("MLFLOW_TRACKING_URI"))
     try:
-        job = _prepare(arguments, config, vocab_size, cluster, used)
+        client, found = _check(arguments, config, vocab_size, uri)
     except AlreadyTrainedError as done:
         if arguments.resume != "auto":
             raise
         print(f"nothing to do: {done}")  # a job that came back into the queue at its very end
         return 0
+    # From here on there is a run, whose end has to be told.
     with StopSignals() as signals:
+        job = _open_run(client, uri, config, found, cluster, used)
         _announce(config, vocab_size, job)
         watched = arguments.supervise
         ending = supervise(job, signals, _say) if watched else job.attempt(signals)
@@ -88,15 +91,10 @@ def run(arguments: argparse.Namespace) -> int:
     return ending.code
 
 
-def _prepare(
-    arguments: argparse.Namespace,
-    config: TrainConfig,
-    vocab_size: int,
-    cluster: Cluster,
-    used: tuple[Host, ...],
-) -> Job:
-    """The run, new or to be continued, ready to start."""
-    uri = tracking.tracking_uri(config.tracking, os.environ.get("MLFLOW_TRACKING_URI"))
+def _check(
+    arguments: argparse.Namespace, config: TrainConfig, vocab_size: int, uri: str
+) -> tuple[MlflowClient | None, tuple[KnownRun, int] | None]:
+    """The tracking server, None while it is away, and the run to go on with and its step if any."""
     client = _server(uri)
     location = str(RUNS)
     if client is not None:
@@ -104,13 +102,25 @@ def _prepare(
     size = num_parameters(config.model, vocab_size)
     check_disk(location, RUNS, size, config.checkpoint.keep_last)
     found = None if arguments.resume is None else resume_point(uri, config, arguments.resume)
+    if found is None and config.init_from is not None:
+        # It brings torch along, seconds that other runs need not wait for.
+        from haloformer.launcher.init_from import check_start
+
+        check_start(config, load_index(config.data.corpora[0].path, config.data.cache))
+    return client, found
+
+
+def _open_run(
+    client: MlflowClient | None,
+    uri: str,
+    config: TrainConfig,
+    found: tuple[KnownRun, int] | None,
+    cluster: Cluster,
+    used: tuple[Host, ...],
+) -> Job:
+    """The run, new or to be continued, ready to start."""
     if found is None:
         index = load_index(config.data.corpora[0].path, config.data.cache)
-        if config.init_from is not None:
-            # It brings torch along, seconds that other runs need not wait for.
-            from haloformer.launcher.init_from import check_start
-
-            check_start(config, index)
         known, step = start_run(client, uri, config.tracking, config.name, RUNS), None
         spool = Spool((RUNS / known.run_id).resolve())
         describe_run(spool, config, index, num_slots(used), sys.argv)

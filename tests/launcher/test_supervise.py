@@ -166,13 +166,23 @@ def test_sigterm_stops_all_ranks_after_their_step_and_nothing_starts_again(
     ("step", "said"), [(None, "stopped before its first step"), (8, "stopped after step 8")]
 )
 def test_a_stop_before_the_ranks_are_up_is_no_failure(tmp_path: Path, step, said) -> None:
-    run = Supervised(tmp_path, ToyCluster(["a", "b"], [["late", "late"]] * 2), [])
+    cluster = ToyCluster(["a", "b"], [["late", "late"]] * 2)
+    run = Supervised(tmp_path, cluster, [])
     run.job = replace(run.job, plan=replace(run.job.plan, resume_step=step))
     assert run.job.attempt(StopSignals()).describe() == "failed: the ranks did not start"
+    interrupt = partial(os.kill, os.getpid(), signal.SIGINT)
+    begin = cluster.start
+
+    def start(*args):
+        interrupt()
+        return begin(*args)
+
     with StopSignals() as signals:
-        os.kill(os.getpid(), signal.SIGINT)
+        cluster.start = start
         ending = run.run(signals)
-    assert ending.code == 0 and ending.describe() == said
+        assert ending.code == 0 and ending.describe() == said
+        assert run.run(signals) == ending  # asked before: none is started
+    assert len(cluster.started) == 2
 
 
 def test_a_second_signal_ends_ranks_that_hang_at_once(tmp_path: Path) -> None:
