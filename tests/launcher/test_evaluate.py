@@ -7,6 +7,7 @@ import re
 import shutil
 import signal
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -128,6 +129,15 @@ def test_a_checkpoint_is_evaluated_with_the_windows_of_the_phase_that_made_it(
     subject = open_subject("char-lm", None, None, "char_lm")
     assert subject.name == "run char-lm, step 3"
     assert subject.config.model.attention_window == [4, 20] and not subject.config.phases
+
+
+def test_scores_that_cannot_be_logged_are_told_and_not_lost(folder, losses, monkeypatch):
+    monkeypatch.chdir(folder)
+    subject = open_subject("char-lm", None, None, "char_lm")
+    gone = {"tracking_uri": "sqlite:////proc/nowhere/mlflow.db", "mlflow_id": "0" * 32}
+    found = replace(subject.found, known=replace(subject.found.known, **gone))
+    said = replace(subject, found=found).log({"model": {"bits_per_char": 1.0}})
+    assert said.startswith("not logged to MLflow (tracking store sqlite:////proc/nowhere")
 
 
 @pytest.mark.parametrize("chosen", ["first", "none"])
