@@ -120,9 +120,10 @@ def sharded_attention(
             before any communication.
     """
     _check(query, key, value, global_query, global_key, global_value, spec, shard)
-    # Before any communication, so that a backend that cannot run stops all ranks alike.
-    choose_kernel(backend, query, key, Band(spec, 0, (0, shard.num_rows)))
     heads = range(first_head, first_head + spec.num_heads)
+    # Before any communication, so that what cannot run stops all ranks alike.
+    choose_kernel(backend, query, key, Band(spec, 0, (0, shard.num_rows)))
+    _dropout(dropout.band if dropout else None, shard, heads)
     attention = global_attention(shard, dropout, heads, counter)
     global_rows = attend_globally(global_query, global_key, global_value, attention)
     return sharded_band(

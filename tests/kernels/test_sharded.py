@@ -230,6 +230,9 @@ BAD_CALLS = {
     "dropout rate 1.5 is outside [0, 1)": {
         "dropout": AttentionDropoutSites(DropoutSite(0.1, 1), DropoutSite(1.5, 2))
     },
+    "dropout rate 1.25 is outside [0, 1)": {
+        "dropout": AttentionDropoutSites(DropoutSite(1.25, 1), DropoutSite(0.1, 2))
+    },
 }
 
 
