@@ -1,6 +1,7 @@
 """Training inside SLURM: what it says of an allocation, and a job on a real one."""
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -30,6 +31,41 @@ def test_outside_an_allocation_it_says_what_to_submit(
     monkeypatch.delenv("SLURM_JOB_NODELIST", raising=False)
     assert main(["train", "enwiki_mlm", "--launcher", "slurm"]) == 2
     assert "submit configs/slurm/haloformer.sbatch" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("launcher", "code", "requeued"),
+    [
+        ("trap 'exit 0' TERM", 0, True),  # a checkpoint was written
+        ("trap 'sleep 0.5; exit 0' TERM", 0, True),  # that took a while
+        ("true", 143, True),  # SIGTERM came before there was anything to write
+        ("trap 'exit 1' TERM", 1, False),
+    ],
+)
+def test_a_preempted_job_is_put_back_into_the_queue(tmp_path, launcher, code, requeued) -> None:
+    """The script with a launcher and a scontrol that only do what it has to cope with."""
+    stand_in, control, queue = (tmp_path / name for name in ("haloformer", "scontrol", "queue"))
+    stand_in.write_text(f"#!/bin/bash\n{launcher}\necho up\nwhile :; do sleep 0.05; done\n")
+    control.write_text(f'#!/bin/bash\necho "$@" > {queue}\n')
+    for file in (stand_in, control):
+        file.chmod(0o755)
+    job = subprocess.Popen(
+        ["bash", str(ROOT / "configs" / "slurm" / "haloformer.sbatch"), "recipe.yaml"],
+        env={
+            **os.environ,
+            "PATH": f"{tmp_path}:{os.environ['PATH']}",
+            "HALOFORMER": str(stand_in),
+            "SLURM_JOB_ID": "7",
+        },
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert job.stdout.readline() == "up\n"
+    job.send_signal(signal.SIGTERM)
+    job.communicate(timeout=60)
+    assert job.returncode == code
+    assert queue.exists() == requeued
+    assert not requeued or queue.read_text() == "requeue 7\n"
 
 
 @pytest.mark.root
