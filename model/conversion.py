@@ -51,7 +51,7 @@ def convert_folder(
         attention_window: Two-sided window of every layer, even.
 
     Raises:
-        ValueError: If the source is of another kind, or a number does not fit.
+        ValueError: If the source is damaged or of another kind, or a number does not fit.
     """
     source, target = Path(source), Path(target)
     raw, weights = read_config(source), read_weights(source)
@@ -129,7 +129,8 @@ def _longformer_from_roberta(
             converted[name] = repeat_positions(table, reserved, max_positions, reserved)
         elif name.endswith("position_ids"):
             del converted[name]
-    words = next(w for n, w in converted.items() if n.endswith("word_embeddings.weight"))
+    below = "longformer." if any(name.startswith("longformer.") for name in converted) else ""
+    words = _needed(converted, f"{below}embeddings.word_embeddings.weight")
     known = {key: value for key, value in raw.items() if key != "position_embedding_type"}
     config = {
         **LONGFORMER_DEFAULTS,
@@ -165,11 +166,11 @@ def _led_from_bart(
             converted[name.replace("model.", "led.", 1)] = tensor
     for side, wanted in (("encoder", max_positions), ("decoder", None)):
         name = f"led.{side}.embed_positions.weight"
-        table = converted[name]
+        table = _needed(converted, name)
         length = len(table) - _BART_OFFSET if wanted is None else wanted
         # transformers' LED has no reserved rows.
         converted[name] = repeat_positions(table, _BART_OFFSET, length, 0)
-    shared = converted["led.shared.weight"]
+    shared = _needed(converted, "led.shared.weight")
     converted.setdefault("final_logits_bias", shared.new_zeros(1, shared.shape[0]))
     known = {key: raw[key] for key in LED_DEFAULTS if key in raw}
     config = {
@@ -183,6 +184,12 @@ def _led_from_bart(
         "vocab_size": shared.shape[0],
     }
     return config, converted
+
+
+def _needed(converted: Mapping[str, Tensor], name: str) -> Tensor:
+    if name not in converted:
+        raise ValueError(f"the safetensors hold nothing for {name}; is the folder whole?")
+    return converted[name]
 
 
 def _encoder_attention(name: str, tensor: Tensor) -> dict[str, Tensor]:

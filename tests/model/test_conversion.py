@@ -140,6 +140,23 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(tmp_path):
     assert not (tmp_path / "long").exists()
 
 
+@pytest.mark.parametrize(
+    ("peer", "lost"),
+    [
+        (roberta, "embeddings.word_embeddings.weight"),
+        (bart, "encoder.embed_positions.weight"),
+        (bart, "shared.weight"),
+    ],
+)
+def test_a_folder_that_lacks_a_table_is_refused(peer, lost, tmp_path):
+    peer().save_pretrained(tmp_path / "short")
+    path = tmp_path / "short" / "model.safetensors"
+    kept = {name: x for name, x in load_file(path).items() if not name.endswith(lost)}
+    save_file(kept, path, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=rf"nothing for \w+\.{lost}; is the folder whole"):
+        convert_folder(tmp_path / "short", tmp_path / "long", 64, 8)
+
+
 def test_repeated_positions():
     table = torch.arange(5)[:, None]  # 2 reserved, 3 learned
     assert repeat_positions(table, 2, 7, 2).flatten().tolist() == [0, 1, 2, 3, 4, 2, 3, 4, 2]
