@@ -1,4 +1,6 @@
-"""How the tests are shared out where two processes run them (``make test``)."""
+"""What all tests share: how two processes (``make test``) share them, and no server of anyone."""
+
+import os
 
 import pytest
 from xdist.remote import Producer
@@ -6,6 +8,11 @@ from xdist.scheduler import LoadFileScheduling
 
 # They look at the same layouts, which are trained once per process (``walked``).
 WALKED = ("catalog", "engine", "fragments", "topology")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Tests name the stores they use; one that the developer works with is none of theirs."""
+    os.environ.pop("MLFLOW_TRACKING_URI", None)
 
 
 class WholeFiles(LoadFileScheduling):
