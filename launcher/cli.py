@@ -1,11 +1,12 @@
 """``haloformer``: the command line.
 
-Exit codes: 0 done, 2 something to correct in what was given, 1 a fault of ours.
+Exit codes: 0 done, 2 something to correct in what was given, 1 a fault of ours or of a disk.
 """
 
 from __future__ import annotations
 
 import argparse
+import errno
 import importlib
 import sys
 from collections.abc import Sequence
@@ -28,6 +29,9 @@ COMMANDS = {
     "doctor": "haloformer.launcher.doctor",
     "bench": "haloformer.launcher.bench_command",
 }
+
+# A write that finds no room does not say of which file.
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def build_parser(wanted: str | None) -> argparse.ArgumentParser:
@@ -64,7 +68,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command.
 
     Returns:
-        The exit code; a ValueError is the user's to correct and becomes one line.
+        The exit code; a ValueError is the user's to correct and becomes one line, and so does a
+        file or a disk that fails.
     """
     words = sys.argv[1:] if argv is None else list(argv)
     try:
@@ -74,6 +79,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         print(f"haloformer: error: {error}", file=sys.stderr)
         return 2
+    except OSError as error:
+        if error.filename is None and error.errno not in _FULL:
+            raise
+        where = "" if error.filename is None else f"{error.filename}: "
+        print(f"haloformer: error: {where}{error.strerror}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("haloformer: stopped", file=sys.stderr)
         return 130
