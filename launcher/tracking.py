@@ -79,7 +79,7 @@ def connect(uri: str) -> MlflowClient:
         if not is_server:
             raise TrackingError(
                 f"tracking store {uri} cannot be used ({reason}); go to a folder that can be "
-                "written, or set tracking.uri"
+                "written, or unset tracking.uri and MLFLOW_TRACKING_URI, or name another store"
             ) from error
         kind = TrackingAwayError if may_pass(error) else TrackingError
         raise kind(
