@@ -16,6 +16,7 @@ import psutil
 
 from haloformer.launcher.cluster import Cluster
 from haloformer.launcher.hosts import Host, ranks_of
+from haloformer.launcher.progress import to_whoever_reads
 from haloformer.launcher.run_dir import Orders, Plan, RunDir, State
 from haloformer.launcher.watch import Fault, Watch
 
@@ -29,7 +30,7 @@ _HANDLED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 class StopSignals:
     """SIGINT, SIGTERM and SIGHUP while ranks run: the first asks them to stop, the next ends them.
 
-    Use as a context; it may stay open over several attempts.
+    Use as a context; it may stay open over several attempts. Under nohup SIGHUP stays ignored.
 
     Args:
         promise: What ranks that are asked to stop do, for the user.
@@ -41,7 +42,10 @@ class StopSignals:
         self.on_first: Callable[[], None] | None = None
 
     def __enter__(self) -> Self:
-        self._before = {signum: signal.signal(signum, self._handle) for signum in _HANDLED}
+        handled = set(_HANDLED)
+        if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+            handled.remove(signal.SIGHUP)
+        self._before = {signum: signal.signal(signum, self._handle) for signum in handled}
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -51,11 +55,9 @@ class StopSignals:
     def _handle(self, signum: int, frame: FrameType | None) -> None:
         self.count += 1
         if self.count == 1:
-            print(
-                f"\n{signal.Signals(signum).name}: {self._promise}; once more ends the ranks at "
-                "once",
-                flush=True,
-            )
+            name = signal.Signals(signum).name
+            with to_whoever_reads():
+                print(f"\n{name}: {self._promise}; once more ends the ranks at once", flush=True)
             if self.on_first is not None:
                 self.on_first()
 
@@ -122,9 +124,11 @@ def run_attempt(
             _end(cluster, run_dir, runner, ranks)
     finally:
         signals.on_first = None
-        # Whoever is left, on a host that does not answer now, ends when it reads this.
-        run_dir.write_orders(Orders("none", stop=True))
-        _kill(runner)
+        try:
+            # Whoever is left, on a host that does not answer now, ends when it reads this.
+            run_dir.write_orders(Orders("none", stop=True))
+        finally:
+            _kill(runner)
     code = runner.returncode
     if fault is None and code != 0:
         fault = watch.conclude()

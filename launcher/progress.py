@@ -2,11 +2,31 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import os
 import sys
+from collections.abc import Iterator
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column
+
+
+@contextlib.contextmanager
+def to_whoever_reads() -> Iterator[None]:
+    """Around writing to stdout, which may fail: a run outlives the one who reads it.
+
+    A terminal that is closed asks a run to stop with a checkpoint, and must not end it before it
+    has. From then on what is said goes nowhere.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.EIO, errno.EPIPE):
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, sys.stdout.fileno())
+            os.close(nowhere)
 
 
 class StepProgress:
@@ -41,7 +61,8 @@ class StepProgress:
 
     def __exit__(self, *_: object) -> None:
         if self._bar is not None:
-            self._bar.stop()
+            with to_whoever_reads():
+                self._bar.stop()
 
     def step(self, done: int, values: dict[str, float]) -> None:
         """Show a finished step."""
@@ -59,11 +80,13 @@ class StepProgress:
         if self._bar is not None:
             self._bar.update(self._task, completed=done, status=status)
         elif done % self._every == 0 or done == self._total:
-            print(f"step {done}/{self._total}  {status}", flush=True)
+            with to_whoever_reads():
+                print(f"step {done}/{self._total}  {status}", flush=True)
 
     def say(self, line: str) -> None:
         """Print a line above the bar."""
-        if self._bar is not None:
-            self._bar.console.print(line, highlight=False)
-        else:
-            print(line, flush=True)
+        with to_whoever_reads():
+            if self._bar is not None:
+                self._bar.console.print(line, highlight=False, markup=False)
+            else:
+                print(line, flush=True)

@@ -68,8 +68,9 @@ class Pulse:
             if orders is None:
                 return
             if orders.attempt != self._attempt:
-                print(f"rank {self._rank}: this start of the run is over", file=sys.stderr)
-                sys.stderr.flush()
+                with contextlib.suppress(OSError):  # who would read it may be gone as well
+                    said = f"rank {self._rank}: this start of the run is over"
+                    print(said, file=sys.stderr, flush=True)
                 os._exit(1)  # the main thread may hang in a collective
             if orders.stop:
                 self._ask_stop()

@@ -64,20 +64,21 @@ def main() -> int:
 
             run_evaluation(run_dir, stop, pulse)
     except CheckpointError as error:  # the disk's or the server's, not the user's: worth a retry
-        print(f"rank {rank}: error: {error}", file=sys.stderr, flush=True)
+        _complain(f"rank {rank}: error: {error}")
         code = 1
     except ValueError as error:
-        print(f"rank {rank}: error: {error}", file=sys.stderr, flush=True)
+        _complain(f"rank {rank}: error: {error}")
         code = 2
     except Exception as error:
         # When one of many ranks dies, its own words must not drown in tracebacks of the others.
         text = _lost_peer(error) or f"\n{traceback.format_exc()}"
-        print(f"rank {rank}: {text}", file=sys.stderr, flush=True)
+        _complain(f"rank {rank}: {text}")
         code = 1
     pulse.end(code)
     if code != 0:
         # A thread that writes a checkpoint may wait for a rank that is gone, for hours.
-        sys.stdout.flush()
+        with contextlib.suppress(OSError):
+            sys.stdout.flush()
         os._exit(code)
     return code
 
@@ -157,6 +158,11 @@ def _lost_peer(error: Exception) -> str | None:
         said = " ".join(str(error).split())[:300]
         return f"a collective failed, most likely because another rank is gone: {said}"
     return None
+
+
+def _complain(text: str) -> None:
+    with contextlib.suppress(OSError):  # whoever is not there to read it, the last beat must follow
+        print(text, file=sys.stderr, flush=True)
 
 
 def _peak_flops(topology: Topology) -> float:

@@ -76,7 +76,9 @@ class Watch:
         """
         beats = self.run_dir.read_beats(self.attempt)
         if self._failed is None and any(beat.code for beat in beats.values()):
-            self._failed = (now, self._failure(beats, self.look()))
+            alive = self.look()
+            # Read after the question, as in _ask: the others end while it is on its way.
+            self._failed = (now, self._failure(self.run_dir.read_beats(self.attempt), alive))
         if self._failed is not None:
             since, fault = self._failed
             return fault if now - since >= GRACE_S else None

@@ -3,6 +3,8 @@
 import os
 import pty
 import selectors
+import subprocess
+import sys
 
 import pytest
 
@@ -46,3 +48,40 @@ def test_a_narrow_terminal_shows_the_step_and_the_loss(columns, monkeypatch) -> 
                 shown += os.read(ours, 1 << 16)
     os.close(ours)
     assert b"31/150" in shown and b"loss 6.5" in shown
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_a_run_goes_on_when_nobody_reads_any_more(terminal: bool) -> None:
+    program = (
+        "from haloformer.launcher.progress import StepProgress\n"
+        f"values = {VALUES}\n"
+        "with StepProgress(9, 0, every=1) as progress:\n"
+        "    input()\n"
+        "    for step in range(1, 9):\n"
+        "        progress.step(step, values)\n"
+        "        progress.say('step: checkpoint committed')\n"
+        "raise SystemExit(7)\n"
+    )
+    ours, theirs = pty.openpty() if terminal else os.pipe()
+    rank = subprocess.Popen(
+        [sys.executable, "-c", program],
+        stdin=subprocess.PIPE,
+        stdout=theirs,
+        stderr=subprocess.DEVNULL,
+        env={**os.environ, "TERM": "xterm"},
+    )
+    os.close(theirs)
+    os.close(ours)
+    rank.communicate(b"go on\n", timeout=60)
+    assert rank.returncode == 7
+
+
+def test_a_line_that_looks_like_markup_is_shown_as_it_is(monkeypatch) -> None:
+    ours, theirs = pty.openpty()
+    monkeypatch.setenv("TERM", "xterm")
+    with os.fdopen(theirs, "w") as terminal:
+        monkeypatch.setattr("sys.stdout", terminal)
+        with StepProgress(9, 0, every=1) as progress:
+            progress.say("warning: no room in [/data/runs]")
+        assert b"no room in [/data/runs]" in os.read(ours, 1 << 16)
+    os.close(ours)

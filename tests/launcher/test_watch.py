@@ -17,6 +17,7 @@ class Watched:
         self.alive: dict[str, set[int] | None] = {"a": {0}, "b": {1}}
         self.asked = 0
         self.now = 0.0
+        self.meanwhile = lambda: None
         self.counts = [0, 0]
         self.watch = Watch(self.run_dir, "now", {"a": [0], "b": [1]}, self._look)
 
@@ -37,6 +38,7 @@ class Watched:
 
     def _look(self) -> dict[str, set[int] | None]:
         self.asked += 1
+        self.meanwhile()
         return self.alive
 
 
@@ -104,6 +106,19 @@ def test_a_kill_is_no_ones_input_whatever_the_others_die_of(watched: Watched) ->
     watched.beat(0, 3, code=2)
     watched.alive["b"] = set()
     assert watched.fault_within(GRACE_S + 2, beating=()) == "rank 1 on b was killed [] 1"
+
+
+def test_a_rank_that_ends_while_the_hosts_are_asked_was_not_killed(watched: Watched) -> None:
+    watched.beat(0, 3)
+    watched.beat(1, 3, code=2)
+
+    def lose_the_peer() -> None:
+        watched.beat(0, 3, code=1)
+        watched.alive = {"a": set(), "b": set()}
+
+    watched.meanwhile = lose_the_peer
+    fault = watched.fault_within(GRACE_S + 2, beating=())
+    assert fault == "rank 1 on b failed with exit code 2 [] 2"
 
 
 def test_ranks_that_end_well_at_different_times_are_no_fault(watched: Watched) -> None:
