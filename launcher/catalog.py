@@ -62,7 +62,8 @@ class Catalog:
             _log.warning("%s of run %s is left out: %s", name, self.run_id, error)
             return None
         if manifest.step != step:
-            _log.warning("%s of run %s is left out: it says step %d", name, self.run_id, step)
+            said = manifest.step
+            _log.warning("%s of run %s is left out: it says step %d", name, self.run_id, said)
             return None
         return manifest
 

@@ -77,7 +77,7 @@ def read_known(folder: Path) -> KnownRun | None:
     """What the folder of a run says of it, None if it says nothing."""
     try:
         return KnownRun(**json.loads((folder / _FILE).read_text(encoding="utf-8")))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
 
 

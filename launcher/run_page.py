@@ -12,6 +12,7 @@ import getpass
 import importlib.metadata
 import itertools
 import json
+import os
 import platform
 import shlex
 import socket
@@ -74,7 +75,7 @@ def describe_run(
 def _origin(command: Sequence[str]) -> dict[str, str]:
     """Who, where, with which program and versions."""
     tags = {
-        "mlflow.user": getpass.getuser(),
+        "mlflow.user": _user(),
         "mlflow.source.name": "haloformer train",
         "mlflow.source.type": "LOCAL",
         "haloformer.host": socket.gethostname(),
@@ -94,6 +95,13 @@ def _origin(command: Sequence[str]) -> dict[str, str]:
         changed = _git(folder, "status", "--porcelain", "--untracked-files=no")
         tags["haloformer.git_changed"] = str(bool(changed)).lower()
     return tags
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # a container's user may have a number only
+        return str(os.getuid())
 
 
 def _git(folder: Path, *words: str) -> str | None:

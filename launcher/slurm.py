@@ -46,21 +46,20 @@ class SlurmCluster(RemoteCluster):
         if shutil.which("srun") is None:
             raise HostsError("--launcher slurm needs srun; run it inside a SLURM allocation")
 
+    def check(self, used: Sequence[Host]) -> None:
+        """See that hosts can take part, each with as many ranks as the others."""
+        _ranks_per_host(used)
+        super().check(used)
+
     def start(
         self, run_dir: RunDir, attempt: str, used: Sequence[Host], meeting: Meeting
     ) -> subprocess.Popen[bytes]:
         """One step of the job; DeepSpeed's own SLURM runner cannot start a module."""
-        counts = {host.slots for host in used}
-        if len(counts) > 1:
-            raise HostsError(
-                f"--launcher slurm runs as many ranks on every host, not {sorted(counts)}; "
-                "give --ranks a multiple of the hosts"
-            )
         command = [
             *("srun", "--overlap", "--kill-on-bad-exit=1", "--input=none"),
             f"--nodes={len(used)}",
             f"--ntasks={sum(host.slots for host in used)}",
-            f"--ntasks-per-node={counts.pop()}",
+            f"--ntasks-per-node={_ranks_per_host(used)}",
             f"--nodelist={','.join(host.name for host in used)}",
             *("--distribution=block", "--export=ALL"),
             *(sys.executable, "-u", "-m", SLURM_TASK_MODULE),
@@ -73,6 +72,16 @@ class SlurmCluster(RemoteCluster):
             "MASTER_PORT": str(meeting.port),
         }
         return subprocess.Popen(command, env=environment, start_new_session=True)
+
+
+def _ranks_per_host(used: Sequence[Host]) -> int:
+    counts = {host.slots for host in used}
+    if len(counts) > 1:
+        raise HostsError(
+            f"--launcher slurm runs as many ranks on every host, not {sorted(counts)}; "
+            "give --ranks a multiple of the hosts"
+        )
+    return counts.pop()
 
 
 def allocation(environment: Mapping[str, str]) -> tuple[Host, ...]:

@@ -113,7 +113,8 @@ def _copy_checkpoints(known: KnownRun) -> int:
             assert path is not None, "a run without a server keeps its artifacts in its folder"
             there.artifacts.upload(path, str(Path(folder, name).parent))
             copied += 1
-    for step in there.steps():
+    # None here is a folder that was emptied to make room, not a run that wants none.
+    for step in there.steps() if kept else ():
         if step not in kept:
             there.remove(step)
     return copied

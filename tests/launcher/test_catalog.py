@@ -117,10 +117,11 @@ def test_a_damaged_file_is_named_and_the_one_before_taken(damage, catalog, caplo
     assert fault in caplog.text
 
 
-def test_a_manifest_in_the_folder_of_another_step_is_left_out(catalog):
+def test_a_manifest_in_the_folder_of_another_step_is_left_out(catalog, caplog):
     file = write(catalog, 3)
     file.parents[1].rename(file.parents[1].with_name("step-00000004"))
     assert steps_of(catalog) == []
+    assert "step-00000004/manifest.json" in caplog.text and "it says step 3" in caplog.text
 
 
 def test_pruning_keeps_the_last_and_every_nth(catalog):

@@ -1,7 +1,9 @@
 """The page of a run says what each phase is."""
 
+import os
+
 from haloformer.configs.load import parse_config
-from haloformer.launcher.run_page import _phase_table, lengths_of
+from haloformer.launcher.run_page import _origin, _phase_table, lengths_of
 from launcher_runs import TINY
 
 
@@ -24,3 +26,10 @@ def test_a_run_without_phases_is_one_line() -> None:
     config = parse_config(TINY, "recipe")
     assert _phase_table(config)[2:] == ["| tiny | 24 | 4 | 128 | 16 | 0.003 |"]
     assert lengths_of(config) == "128"
+
+
+def test_a_user_who_has_a_number_and_no_name_is_told_by_it(monkeypatch) -> None:
+    for name in ("LOGNAME", "USER", "LNAME", "USERNAME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(os, "getuid", lambda: 1_234_567)  # as containers are given
+    assert _origin(["haloformer", "train"])["mlflow.user"] == "1234567"

@@ -11,8 +11,8 @@ import pytest
 
 from faults.slurm import slurm, why_not
 from haloformer.launcher.cli import main
-from haloformer.launcher.hosts import HostsError
-from haloformer.launcher.slurm import tasks_per_node
+from haloformer.launcher.hosts import Host, HostsError
+from haloformer.launcher.slurm import SlurmCluster, tasks_per_node
 from launcher_runs import LIMIT_S, haloformer, losses, newest_run, runs_of, write_project
 
 ROOT = Path(__file__).parents[2]
@@ -23,6 +23,14 @@ def test_tasks_per_node_are_spelled_out() -> None:
     assert tasks_per_node("4(x2),3,1(x3)") == [4, 4, 3, 1, 1, 1]
     with pytest.raises(HostsError, match=r"'4\(y2\)' is not of the form"):
         tasks_per_node("4(y2)")
+
+
+def test_ranks_that_do_not_divide_over_the_hosts_are_refused_before_a_run_is_made(
+    tmp_path: Path,
+) -> None:
+    hosts = (Host("a", 2), Host("b", 1))
+    with pytest.raises(HostsError, match="as many ranks on every host"):
+        SlurmCluster(hosts, tmp_path, None, None).check(hosts)
 
 
 def test_outside_an_allocation_it_says_what_to_submit(

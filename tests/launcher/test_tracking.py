@@ -1,6 +1,7 @@
 """What MLflow is told of a run: in order, once, whatever dies or is away meanwhile."""
 
 import os
+import shutil
 import socket
 import time
 from collections.abc import Iterator
@@ -216,6 +217,16 @@ def test_checkpoints_of_a_run_without_a_server_are_copied_to_it(
     (source / "checkpoints" / "step-00000008" / "manifest.json").unlink()  # pruned since
     assert deliver(folder)[1] == 0
     assert served.list_folder("checkpoints") == ["step-00000016"]
+    shutil.rmtree(source)  # to make room, now that the server has them
+    assert deliver(folder)[1] == 0
+    assert served.list_folder("checkpoints") == ["step-00000016"]
+
+
+def test_a_file_among_the_folders_of_runs_is_no_run(run, database: str, tmp_path: Path) -> None:
+    (tmp_path / "runs" / "notes.txt").write_text("mine")
+    config = TrackingConfig(experiment=tmp_path.name)
+    found = list(find_runs("latest", config, database, "tiny", tmp_path / "runs"))
+    assert [known.run_id for known in found] == [run.run_id]
 
 
 def write_checkpoint(artifacts: Path, step: int) -> None:
