@@ -6,6 +6,7 @@ index. Memory is bounded: open files, tables, checked documents and cached token
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import tempfile
@@ -154,7 +155,14 @@ class ShardReader:
         try:
             content = self.index.store.read_range(self.index.shards[shard].name, offset, size)
         except OSError as fault:
-            raise self._corrupt(shard, sample, f"cannot be read ({fault.strerror})") from fault
+            what = f"cannot be read ({fault.strerror})"
+            if fault.errno in (errno.EIO, errno.ENOENT):  # a bad spot of the disk; lost
+                raise self._corrupt(shard, sample, what) from fault
+            # A limit of open files, a server that forgot a handle: it says nothing of the sample,
+            # and is no reason to pass over it.
+            path = self.index.store.place(self.index.shards[shard].name)
+            remedy = "make it readable, and resume"
+            raise DataError(what, file=path, sample=sample, remedy=remedy) from fault
         if len(content) != size:
             raise self._corrupt(shard, sample, "the tar ends before its tokens do")
         return content

@@ -1,13 +1,15 @@
 from __future__ import annotations
 
+import contextlib
 import os
+import resource
 from pathlib import Path
 
 import pytest
 
 from haloformer.data_pipeline.errors import CorruptSampleError, DataError
 from haloformer.data_pipeline.index import load_index, load_table
-from haloformer.data_pipeline.reader import verify
+from haloformer.data_pipeline.reader import ShardReader, verify
 from haloformer.data_pipeline.stream import TrainStream
 
 LENGTHS = [120, 80, 150, 60, 90, 200, 110]
@@ -100,6 +102,22 @@ def test_skipping_passes_over_the_damaged_sample_alone_and_counts_it(
         streams = train(folder, make_config(on_corrupt="skip"), world)
         assert set(read_epochs(streams, 1)) == whole - {(1, 0)}
         assert sum(stream.num_skipped for stream in streams) >= 1
+
+
+def test_too_many_open_files_are_no_damage_to_a_sample(make_dataset) -> None:
+    with contextlib.closing(ShardReader(load_index(make_dataset(LENGTHS)))) as reader:
+        assert reader.lengths(0)[0] > 0
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        last = os.open(os.devnull, os.O_RDONLY)  # no number below it is free
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (last + 1, hard))
+            with pytest.raises(DataError, match="Too many open files") as caught:
+                reader.check(0, 0)
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+            os.close(last)
+        assert not isinstance(caught.value, CorruptSampleError)  # which would be skipped
+        reader.check(0, 0)
 
 
 @pytest.mark.parametrize("change", ["cut", "missing"])
