@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sqlite3
 import ssl
 import urllib.error
 import urllib.request
@@ -63,18 +64,19 @@ def connect(uri: str) -> MlflowClient:
         # inherit it.
         MLFLOW_HTTP_REQUEST_MAX_RETRIES.set(1)
     MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT.set(True)  # the report of a run has it
-    # At first use MLflow narrates how it creates its tables. What a database refuses it prints as
-    # a hundred lines of traceback, and raises as well: we say it in one.
-    logging.getLogger("alembic").setLevel(logging.WARNING)
-    logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
+    # At first use MLflow narrates how it creates its tables.
+    for name in ("mlflow.store.db.utils", "alembic"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    logging.getLogger("mlflow.store.db.utils").addFilter(_has_no_traceback)
     is_server = uri.startswith(("http://", "https://"))
     try:
         if is_server:
             _knock(uri)
+        _open_file(uri)
         client = MlflowClient(tracking_uri=uri)
         client.search_experiments(max_results=1)
-    # MLflow lets the second one through when a database cannot be opened.
-    except (MlflowException, SQLAlchemyError, OSError) as error:
+    # MLflow lets SQLAlchemy's through when a database cannot be opened.
+    except (MlflowException, SQLAlchemyError, sqlite3.Error, OSError) as error:
         reason = " ".join(str(error).split())[:200]
         if not is_server:
             raise TrackingError(
@@ -87,6 +89,18 @@ def connect(uri: str) -> MlflowClient:
             "and MLFLOW_TRACKING_URI to use a database in this folder"
         ) from error
     return client
+
+
+def _has_no_traceback(record: logging.LogRecord) -> bool:
+    """What a database refuses, MLflow logs in a hundred lines and raises as well; one will do."""
+    return record.exc_info is None
+
+
+def _open_file(uri: str) -> None:
+    """See that a file of SQLite can be opened: MLflow itself tries ten times, in two minutes."""
+    path = Path(uri.removeprefix("sqlite:///").partition("?")[0])
+    if uri.startswith("sqlite:///") and path.parent.is_dir():  # else MLflow makes the folder
+        sqlite3.connect(path).close()
 
 
 def _knock(uri: str) -> None:
