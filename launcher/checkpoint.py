@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from mlflow import MlflowClient
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
@@ -231,6 +232,8 @@ class CheckpointStore:
                     f"{found[0]}; resume again to use the one before"
                 )
             yield folder
+            if place is None:
+                dist.barrier(group)  # others of this host may still be reading
         finally:
             if fetches:
                 shutil.rmtree(folder, ignore_errors=True)

@@ -79,7 +79,12 @@ def run(arguments: argparse.Namespace) -> int:
         job = _open_run(client, uri, config, found, cluster, used)
         _announce(config, vocab_size, job)
         watched = arguments.supervise
-        ending = supervise(job, signals, _say) if watched else job.attempt(signals)
+        try:
+            ending = supervise(job, signals, _say) if watched else job.attempt(signals)
+        except ValueError:  # a host has gone just now, or too few are left
+            Spool(job.run_dir.path).add_status("FAILED")
+            tell_server(job.run_dir.path)
+            raise
     outcome = ending.describe()
     if ending.code != 0:
         Spool(job.run_dir.path).add_status("FAILED")

@@ -6,9 +6,12 @@ from pathlib import Path
 
 import pytest
 import yaml
+from mlflow import MlflowClient
 
 from haloformer.data_pipeline.index import load_index, load_table
 from haloformer.launcher.cli import main
+from haloformer.launcher.known_runs import read_known
+from haloformer.launcher.launch import LocalCluster
 from launcher_runs import TINY, haloformer, newest_run, write_project
 
 
@@ -82,6 +85,19 @@ def test_a_taken_port_is_named(project: Path, refused) -> None:
         port = str(server.getsockname()[1])
         error = refused("train", "tiny.yaml", "--master-port", port)
     assert f"--master-port {port}: Address already in use" in error
+
+
+def test_a_port_that_is_taken_just_now_ends_the_run_as_failed(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = str(server.getsockname()[1])
+        monkeypatch.setattr(LocalCluster, "check", lambda *_: None)  # it was free a moment ago
+        assert main(["train", "tiny.yaml", "--ranks", "2", "--master-port", port]) == 2
+    known = read_known(newest_run(project).path)
+    assert known is not None and known.mlflow_id is not None
+    run = MlflowClient(known.tracking_uri).get_run(known.mlflow_id)
+    assert run.info.status == "FAILED"
 
 
 @pytest.mark.parametrize("port", ["0", "-1", "65536"])
