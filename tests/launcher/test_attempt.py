@@ -28,12 +28,21 @@ def test_a_terminal_that_is_closed_asks_to_stop_and_takes_nothing_down() -> None
         "raise SystemExit(7)\n"
     )
     ours, theirs = pty.openpty()
-    launcher = subprocess.Popen([sys.executable, "-c", program], stdout=theirs, stderr=theirs)
+    launcher = subprocess.Popen(
+        [sys.executable, "-c", program],
+        stdout=theirs,
+        stderr=theirs,
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),  # the tests may be nohup's
+    )
     os.close(theirs)
-    assert os.read(ours, 100).startswith(b"up")
-    os.close(ours)
-    launcher.send_signal(signal.SIGHUP)  # as the shell does, and writing now fails
-    assert launcher.wait(timeout=60) == 7
+    try:
+        assert os.read(ours, 100).startswith(b"up")
+        os.close(ours)
+        launcher.send_signal(signal.SIGHUP)  # as the shell does, and writing now fails
+        assert launcher.wait(timeout=60) == 7
+    finally:
+        launcher.kill()
+        launcher.wait()
 
 
 @pytest.mark.parametrize(("before", "stays"), [(signal.SIG_IGN, True), (signal.SIG_DFL, False)])
