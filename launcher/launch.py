@@ -155,9 +155,11 @@ def _processes(run_dir: RunDir, among: Container[int] | None) -> dict[int, psuti
             continue
         try:
             process = psutil.Process(pid)
-            # The number may have gone to another program since, and a dead one whose parent has
-            # not looked is a zombie, with no command line.
-            if not {WORKER_MODULE, SLURM_TASK_MODULE}.isdisjoint(process.cmdline()):
+            # The number may have gone to another program since, or to a rank of another run, and a
+            # dead one whose parent has not looked is a zombie, with no command line.
+            words = process.cmdline()
+            is_rank = not {WORKER_MODULE, SLURM_TASK_MODULE}.isdisjoint(words)
+            if is_rank and str(run_dir.path) in words:
                 found[rank] = process
         except psutil.NoSuchProcess:
             continue

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 from pathlib import Path
@@ -128,7 +129,13 @@ def fault_of_file(entry: FileEntry, path: Path) -> str | None:
     size = path.stat().st_size
     if size != entry.size:
         return f"{entry.name} has {size} bytes instead of {entry.size}"
-    if hash_file(path) != entry.sha256:
+    try:
+        sha256 = hash_file(path)
+    except OSError as error:
+        if error.errno != errno.EIO:  # a bad spot of the disk; anything else may pass
+            raise
+        return f"{entry.name} cannot be read ({error.strerror})"
+    if sha256 != entry.sha256:
         return f"{entry.name} has changed (its sha256 is not the one in the manifest)"
     return None
 

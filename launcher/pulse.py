@@ -41,6 +41,7 @@ class Pulse:
 
     def start(self) -> None:
         """Announce the rank and begin to beat; a rank that comes too late ends here."""
+        self._obey()  # or it would take the place of the rank that came after it
         self._run_dir.announce_rank(self._rank)
         self._obey()
         self._beat(None)

@@ -131,7 +131,8 @@ def supervise(job: Job, signals: StopSignals, say: Callable[[str], None]) -> End
             say("a rank was told to stop, and not by this launcher")
         step = _patiently(job, signals, say)
         tries = tries + 1 if step is None or (best is not None and step <= best) else 0
-        best = step if step is not None else best
+        if step is not None:  # a damaged newest one is no new mark: it would be reached again
+            best = step if best is None else max(best, step)
         if tries >= TRIES:
             return _given_up(ending, step)
         answers = _hosts(job, signals, say)

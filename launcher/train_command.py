@@ -25,6 +25,7 @@ from haloformer.launcher.hosts import Host, fill, num_slots
 from haloformer.launcher.known_runs import RUNS, KnownRun, start_run
 from haloformer.launcher.model_artifact import spool_model
 from haloformer.launcher.plot import write_curve
+from haloformer.launcher.progress import to_whoever_reads
 from haloformer.launcher.resume import AlreadyTrainedError, more_steps, resume_point
 from haloformer.launcher.run_dir import Plan, RunDir
 from haloformer.launcher.run_page import describe_run, lengths_of
@@ -92,7 +93,7 @@ def run(arguments: argparse.Namespace) -> int:
         Spool(job.run_dir.path).add_status("KILLED")
     resumable = _report(config, job, outcome)
     command = _next_command(arguments, config, job, outcome, resumable)
-    print(f"  {'to go on   ' if resumable else 'once more  '}  {command}")
+    _tell(f"  {'to go on   ' if resumable else 'once more  '}  {command}")
     return ending.code
 
 
@@ -149,7 +150,12 @@ def _server(uri: str) -> MlflowClient | None:
 
 
 def _say(text: str) -> None:
-    print(f"supervisor: {text}", flush=True)
+    _tell(f"supervisor: {text}")
+
+
+def _tell(text: str) -> None:
+    with to_whoever_reads():
+        print(text, flush=True)
 
 
 def _announce(config: TrainConfig, vocab_size: int, job: Job) -> None:
@@ -163,12 +169,11 @@ def _announce(config: TrainConfig, vocab_size: int, job: Job) -> None:
     if data.target_len is not None:
         length += f" -> {data.target_len}"
     parallel = config.parallel
-    print(
+    _tell(
         f"{config.name}: {size / 1e6:.1f} M parameters, {length} tokens, "
         f"{counted(plan.world_size, 'rank')}{where} (context {parallel.context}, "
         f"tensor {parallel.tensor}), ZeRO-{parallel.zero_stage}, {parallel.precision}; "
         f"run {plan.run_id} {start}",
-        flush=True,
     )
 
 
@@ -180,7 +185,7 @@ def _report(config: TrainConfig, job: Job, outcome: str) -> bool:
     """
     run_dir, known = job.run_dir, job.known
     # It takes seconds, in which nothing else would be seen.
-    print("the ranks have ended; writing the loss curve and what MLflow keeps", flush=True)
+    _tell("the ranks have ended; writing the loss curve and what MLflow keeps")
     fault = write_curve(run_dir.read_metrics(), config.name, run_dir.curve_file)
     if fault is None:
         Spool(run_dir.path).add_artifact(run_dir.curve_file)
@@ -189,14 +194,14 @@ def _report(config: TrainConfig, job: Job, outcome: str) -> bool:
         model = spool_model(known, run_dir.path)
     told = tell_server(run_dir.path)
     resumable, checkpoints = _checkpoints(known)
-    print(f"\nrun {known.run_id} {outcome}")
-    print(f"  checkpoints  {checkpoints}")
+    _tell(f"\nrun {known.run_id} {outcome}")
+    _tell(f"  checkpoints  {checkpoints}")
     if model is not None:
-        print(f"  model        {model}")
-    print(f"  loss curve   {run_dir.curve_file if fault is None else fault}")
-    print(f"  MLflow       {_page(known.tracking_uri)}")
+        _tell(f"  model        {model}")
+    _tell(f"  loss curve   {run_dir.curve_file if fault is None else fault}")
+    _tell(f"  MLflow       {_page(known.tracking_uri)}")
     if told is not None:
-        print(f"               {told}; later: {_program('haloformer')} sync {known.run_id}")
+        _tell(f"               {told}; later: {_program('haloformer')} sync {known.run_id}")
     return resumable
 
 
@@ -229,6 +234,10 @@ def _next_command(
         words += ["--hostfile", str(arguments.hostfile)]
     if arguments.launcher is not None:
         words += ["--launcher", arguments.launcher]
+    if arguments.master_addr is not None:
+        words += ["--master-addr", arguments.master_addr]
+    if arguments.master_port is not None:
+        words += ["--master-port", str(arguments.master_port)]
     if arguments.supervise:
         words.append("--supervise")
     words += ["--ranks", str(num_slots(job.used))]

@@ -218,6 +218,13 @@ def test_equal_files_have_no_fault(tmp_path):
     assert fault_of_file(describe_file(file, "data-0123456789abcdef/x.safetensors"), file) is None
 
 
+def test_a_file_on_a_bad_spot_of_the_disk_is_damaged():
+    unreadable = Path("/proc/self/mem")  # reading its first page is an input/output error
+    entry = FileEntry(name="data-0123456789abcdef/x.safetensors", size=0, sha256="0" * 64)
+    fault = fault_of_file(entry, unreadable)
+    assert fault == f"{entry.name} cannot be read (Input/output error)"
+
+
 def test_too_little_disk_is_said_with_numbers(tmp_path):
     check_disk(str(tmp_path / "not" / "there" / "yet"), tmp_path, num_parameters=1000, keep_last=2)
     with pytest.raises(ValueError, match=r"3 of .* GiB .* need .* GiB and .* GiB are free"):

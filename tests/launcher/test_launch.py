@@ -48,11 +48,14 @@ def test_ranks_share_the_cores_and_what_the_user_set_stays() -> None:
     assert rank_environment(1, {"OMP_NUM_THREADS": "7"})["OMP_NUM_THREADS"] == "7"
 
 
-def test_a_process_that_took_over_a_rank_s_number_is_not_signalled(tmp_path: Path) -> None:
+@pytest.mark.parametrize("words", [[], [WORKER_MODULE, "--run-dir", "/another/run"]])
+def test_a_process_that_took_over_a_rank_s_number_is_not_signalled(tmp_path: Path, words) -> None:
     run_dir = RunDir(tmp_path)
     run_dir.create()
-    stranger = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    command = [sys.executable, "-c", "print(flush=True); input()", *words]
+    stranger = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     try:
+        assert stranger.stdout is not None and stranger.stdout.readline()
         (tmp_path / "ranks" / "0.pid").write_text(str(stranger.pid))
         assert not signal_ranks(run_dir, signal.SIGKILL)
         assert stranger.poll() is None
@@ -76,7 +79,9 @@ def test_a_rank_is_seen_and_ended_however_it_was_started(tmp_path: Path, module:
     run_dir.create()
     program = "print(flush=True); input()"
     rank = subprocess.Popen(
-        [sys.executable, "-c", program, module], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        [sys.executable, "-c", program, module, "--run-dir", str(tmp_path)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
     )
     try:
         # A process that has just begun has no command line yet; a rank's number comes from itself.

@@ -129,6 +129,13 @@ def test_it_is_given_up_after_three_tries_without_a_newer_checkpoint(tmp_path: P
     assert len(cluster.started) == 5
 
 
+def test_a_checkpoint_that_is_written_again_and_again_is_no_progress(tmp_path: Path) -> None:
+    """Each time the newest one turns out to be damaged."""
+    cluster = ToyCluster(["a"], [["crash"]] * 9)
+    assert Supervised(tmp_path, cluster, [8, 4, 8, 4]).run().code == 1
+    assert len(cluster.started) == 4
+
+
 def test_what_the_user_has_to_correct_is_not_tried_again(tmp_path: Path) -> None:
     cluster = ToyCluster(["a", "b"], [["refuse", "crash"]])
     ending = Supervised(tmp_path, cluster, []).run()
@@ -202,13 +209,16 @@ def test_a_second_signal_ends_ranks_that_hang_at_once(tmp_path: Path) -> None:
 def test_a_rank_that_starts_when_its_attempt_is_over_ends_itself(tmp_path: Path) -> None:
     """Its host was cut off, or slow, while the others went on without it."""
     cluster = ToyCluster(["a"], [["finish"]])
-    assert Supervised(tmp_path, cluster, []).run().code == 0
+    run = Supervised(tmp_path, cluster, [])
+    assert run.run().code == 0
+    pids = run.run_dir.rank_pids()
     late = subprocess.run(
         [sys.executable, sys.modules["toy_ranks"].__file__, str(tmp_path), "old", "hang", "0"],
         capture_output=True, text=True, timeout=60,
     )  # fmt: skip
     assert late.returncode == 1
     assert "rank 0: this start of the run is over" in late.stderr
+    assert run.run_dir.rank_pids() == pids
 
 
 @pytest.mark.skipif(why_not() is None, reason="tests/launcher/test_hosts.py does it on two hosts")
