@@ -180,7 +180,8 @@ class RunDir:
         return time.time() - max(file.stat().st_mtime for file in going)
 
     def write_state(self, state: State, step: int) -> None:
-        """Say how far the run came and whether it goes on."""
+        """Say how far the run came and whether it goes on, after what waits to be recorded."""
+        self._metrics.flush()
         write_json_atomically(self._state_file, {"state": state, "step": step})
 
     def read_state(self) -> tuple[State, int] | None:
@@ -203,10 +204,6 @@ class RunDir:
     def append_metrics(self, record: dict[str, Any]) -> None:
         """Add the record of one step, now or as soon as the disk takes it."""
         self._metrics.add(record)
-
-    def flush_metrics(self) -> None:
-        """Try once more to write the records that a full disk refused."""
-        self._metrics.flush()
 
 
 def write_json_atomically(path: Path, value: Any) -> None:

@@ -254,7 +254,6 @@ class Trainer:
     def _end(self, state: str, step: int) -> str:
         if self.tracker is not None:
             assert state in ("finished", "stopped")
-            self.run_dir.flush_metrics()
             self.run_dir.write_state("finished" if state == "finished" else "stopped", step)
             self.tracker.close("FINISHED" if state == "finished" else "KILLED")
         return state

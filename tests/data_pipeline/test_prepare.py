@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from full_disk import mounted
 from haloformer.data_pipeline import prepare_cli
 from haloformer.data_pipeline.errors import DataError
 from haloformer.data_pipeline.files import check_free_disk
@@ -202,14 +203,8 @@ def test_too_little_disk_is_refused_with_both_numbers(tmp_path: Path) -> None:
 
 
 @pytest.mark.root
-@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small file system needs root")
 def test_a_disk_that_fills_up_while_writing_is_one_line_and_leaves_nothing(tmp_path) -> None:
-    small = tmp_path / "small"
-    small.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=200k", "tmpfs", str(small)]
-    if subprocess.run(mount, capture_output=True, check=False).returncode != 0:
-        pytest.skip("this machine does not let us mount a tmpfs")
-    try:
+    with mounted(tmp_path / "small", "size=200k") as small:
         path = tmp_path / "x.txt.bz2"  # shrinks more than the estimate thinks, so writing begins
         path.write_bytes(bz2.compress(b"word " * 100_000))
         with pytest.raises(DataError, match=r"out: cannot go on: .* check free disk"):
@@ -219,8 +214,6 @@ def test_a_disk_that_fills_up_while_writing_is_one_line_and_leaves_nothing(tmp_p
         path.write_bytes(b"word " * 100_000)
         with pytest.raises(DataError, match=r"MiB are needed and 0 MiB are free"):
             run(path, source_format="text", holdout=0.0, output=small / "out")
-    finally:
-        subprocess.run(["umount", str(small)], check=True)
 
 
 def test_progress_reaches_the_end_of_the_input(corpus: Path) -> None:

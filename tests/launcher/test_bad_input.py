@@ -66,7 +66,7 @@ def recipe_without(project: Path, section: str, key: str) -> None:
         (["batch.global_batch=3", "batch.micro_batch=2"], "batch.global_batch 3 is not a multiple"),
         (["data.train=nowhere"], "nowhere"),
         (["tracking.uri=sqlite:////proc/none/db"], "/proc/none/db cannot be used"),
-        (["tracking.uri=sqlite:////proc"], "unable to open database file"),
+        (["tracking.uri=sqlite:////proc"], "cannot be used (unable to open database file)"),
     ],
 )
 def test_a_fault_of_the_recipe_is_named(project: Path, refused, overrides, named: str) -> None:

@@ -3,12 +3,12 @@
 import json
 import logging
 import os
-import subprocess
 from pathlib import Path
 
 import pytest
 from mlflow import MlflowClient
 
+from full_disk import mounted
 from haloformer.configs.load import config_hash
 from haloformer.launcher.catalog import MANIFEST, Catalog, check_disk, folder_of, required_bytes
 from haloformer.launcher.cli import main
@@ -236,17 +236,10 @@ def test_too_little_disk_is_said_with_numbers(tmp_path):
 
 @pytest.mark.root
 def test_a_folder_that_cannot_be_written_is_named(tmp_path):
-    fixed = tmp_path / "fixed"
-    fixed.mkdir()
-    words = ["mount", "-t", "tmpfs", "-o", "ro", "tmpfs", str(fixed)]
-    if subprocess.run(words, capture_output=True).returncode != 0:
-        pytest.skip("needs root, to mount a filesystem that cannot be written")
-    try:
+    with mounted(tmp_path / "fixed", "ro") as fixed:
         for location, staging in ((fixed, tmp_path), (tmp_path, fixed / "runs")):
             with pytest.raises(ValueError, match=f"{fixed} cannot be written; go to a folder"):
                 check_disk(str(location), staging, num_parameters=1000)
-    finally:
-        subprocess.run(["umount", str(fixed)], check=True)
 
 
 def test_required_bytes_bounds_the_real_size(walked):

@@ -1,6 +1,5 @@
 """Files of a checkpoint that are fetched once for all ranks of a host."""
 
-import os
 import shutil
 import time
 from pathlib import Path
@@ -8,9 +7,9 @@ from pathlib import Path
 from dist import run_ranks
 from haloformer.launcher.artifacts import ArtifactFolder
 from haloformer.launcher.checkpoint import CheckpointStore
-from haloformer.launcher.manifest import FORMAT, LayoutRecord, Manifest, describe_file
 from haloformer.launcher.topology import Layout, build_topology
 from layouts import Case, tiny_config
+from written_checkpoint import write_checkpoint
 
 
 class Elsewhere(ArtifactFolder):
@@ -21,23 +20,6 @@ class Elsewhere(ArtifactFolder):
 
     def fetch(self, name: str, folder: Path) -> Path:
         return Path(shutil.copy(Path(self.uri, name), folder))
-
-
-def write_checkpoint(artifacts: Path) -> None:
-    folder = artifacts / "checkpoints" / "step-00000008"
-    payload = folder / f"data-{8:016x}" / "part.safetensors"
-    payload.parent.mkdir(parents=True)
-    payload.write_bytes(os.urandom(100))
-    manifest = Manifest(
-        format=FORMAT,
-        step=8,
-        config={},
-        config_hash="",
-        layout=LayoutRecord(data=1, context=1, tensor=1, zero_stage=1, precision="fp32"),
-        state={},
-        files=[describe_file(payload, f"{payload.parent.name}/{payload.name}")],
-    )
-    (folder / "manifest.json").write_text(manifest.to_text())
 
 
 def read_slowly(rank: int, world_size: int, folder: str) -> bool:
@@ -53,5 +35,5 @@ def read_slowly(rank: int, world_size: int, folder: str) -> bool:
 
 
 def test_the_files_stay_until_the_slowest_rank_of_the_host_has_read_them(tmp_path: Path) -> None:
-    write_checkpoint(tmp_path / "artifacts")
+    write_checkpoint(tmp_path / "artifacts", 8)
     assert run_ranks(2, read_slowly, str(tmp_path)) == [True, True]

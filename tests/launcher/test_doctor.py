@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from full_disk import mounted
 from haloformer.launcher.cli import main
 from haloformer.launcher.doctor_device import (
     compiler_findings,
@@ -157,12 +158,7 @@ def test_libraries_that_are_broken_or_of_another_version_are_reported_not_raised
 
 @pytest.mark.root
 def test_a_disk_and_a_shared_memory_that_are_small_are_measured(capsys, here):
-    small = here / "small"
-    small.mkdir()
-    words = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(small)]
-    if subprocess.run(words, capture_output=True).returncode != 0:
-        pytest.skip("needs root, to mount a small filesystem")
-    try:
+    with mounted(here / "small", "size=1m") as small:
         finding = shared_memory_finding(small)
         assert finding.found == f"1 MiB free in {small}"
         assert finding.remedy is not None and "--shm-size=8g" in finding.remedy
@@ -170,5 +166,3 @@ def test_a_disk_and_a_shared_memory_that_are_small_are_measured(capsys, here):
         assert code == 2
         assert f"FAIL  disk             0.0 GiB free in {small}" in output
         assert "below 2 GiB runs fail" in output
-    finally:
-        subprocess.run(["umount", str(small)], check=True)

@@ -4,6 +4,7 @@ import json
 import os
 from pathlib import Path
 
+from full_disk import full_disk
 from haloformer.launcher.run_dir import Plan, RunDir
 
 
@@ -29,6 +30,15 @@ def test_a_record_cut_short_is_left_out_and_later_records_are_dropped_on_resume(
     # Losses are compared bit for bit: JSON must carry every bit.
     assert run_dir.read_metrics()[1]["loss"] == 0.1 * 2
     assert all(json.loads(line) for line in run_dir.metrics_file.read_text().splitlines())
+
+
+def test_the_end_of_a_run_writes_the_records_that_a_full_disk_refused(tmp_path: Path) -> None:
+    run_dir = RunDir(tmp_path)
+    with full_disk(0):
+        run_dir.append_metrics({"step": 1, "loss": 1.0})
+    assert run_dir.read_metrics() == []
+    run_dir.write_state("finished", 1)
+    assert [r["step"] for r in run_dir.read_metrics()] == [1]
 
 
 def test_ranks_of_an_earlier_start_are_forgotten(tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
 """What MLflow is told of a run: in order, once, whatever dies or is away meanwhile."""
 
-import os
+import logging
 import shutil
 import socket
 import time
@@ -26,6 +26,7 @@ from haloformer.launcher.sync import deliver
 from haloformer.launcher.system_metrics import SystemSampler
 from haloformer.launcher.tracker import Tracker
 from servers import FileServer
+from written_checkpoint import write_checkpoint
 
 PATIENCE_S = 120.0
 
@@ -222,31 +223,20 @@ def test_checkpoints_of_a_run_without_a_server_are_copied_to_it(
     assert served.list_folder("checkpoints") == ["step-00000016"]
 
 
+def test_what_a_database_refuses_is_logged_without_a_traceback(database: str) -> None:
+    tracking.connect(database)
+    log = logging.getLogger("mlflow.store.db.utils")
+    record = logging.makeLogRecord({"levelno": logging.ERROR, "msg": "it is full"})
+    assert log.filter(record)
+    record.exc_info = (ValueError, ValueError("full"), None)
+    assert not log.filter(record)
+
+
 def test_a_file_among_the_folders_of_runs_is_no_run(run, database: str, tmp_path: Path) -> None:
     (tmp_path / "runs" / "notes.txt").write_text("mine")
     config = TrackingConfig(experiment=tmp_path.name)
     found = list(find_runs("latest", config, database, "tiny", tmp_path / "runs"))
     assert [known.run_id for known in found] == [run.run_id]
-
-
-def write_checkpoint(artifacts: Path, step: int) -> None:
-    from haloformer.launcher.manifest import FORMAT, LayoutRecord, Manifest, describe_file
-
-    folder = artifacts / "checkpoints" / f"step-{step:08d}"
-    attempt = f"data-{step:016x}"
-    (folder / attempt).mkdir(parents=True)
-    payload = folder / attempt / "part.safetensors"
-    payload.write_bytes(os.urandom(100))
-    manifest = Manifest(
-        format=FORMAT,
-        step=step,
-        config={},
-        config_hash="",
-        layout=LayoutRecord(data=1, context=1, tensor=1, zero_stage=1, precision="fp32"),
-        state={},
-        files=[describe_file(payload, f"{attempt}/{payload.name}")],
-    )
-    (folder / "manifest.json").write_text(manifest.to_text())
 
 
 def test_system_metrics_count_on_from_the_start_of_the_run() -> None:
